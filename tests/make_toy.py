@@ -1,0 +1,557 @@
+"""
+Builds assets/toy/: a miniature of every pretrained file that the scripts load, in the real formats, from one seed.
+
+    python tests/make_toy.py                      # everything, about 3 hours on 2 CPU cores, minutes on a GPU
+    python tests/make_toy.py --only vae teacher   # some components, in the order below
+    python tests/make_toy.py --only clip --iters 50 --out /tmp/toy    # a quick look at one
+
+Run the same command again after a kill: finished components are skipped, a half-trained one goes on from its last
+checkpoint in --work. Components:
+
+    data     pictures drawn by the code below with their captions, as parquet; prompt lists; the CLIP tokenizer
+    vae      AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 16
+    sam      segment_anything's own classes, point prompt -> object mask
+    clip     transformers CLIPModel, contrastive with hard negatives; the judge of evaluate.py
+    teacher  StableDiffusionXLPipeline: two text encoders and an SDXL UNet, trained together on eps
+    student  what `python train_stage1.py --recipe toy` makes of the teacher
+"""
+
+import argparse
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student']
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures: one or two shaded objects with a drop shadow on a lit, grainy background
+
+SIZE = 64
+COLOURS = {'red': (.86, .15, .15), 'green': (.17, .64, .24), 'blue': (.15, .33, .86), 'yellow': (.96, .84, .16),
+           'purple': (.54, .18, .70), 'orange': (.97, .52, .08), 'white': (.95, .95, .95), 'black': (.09, .09, .09)}
+SHAPES = ['circle', 'square', 'triangle', 'star', 'ring', 'cross']
+TEXTURES = ['plain', 'striped', 'dotted', 'checkered']
+RELATIONS = ['left of', 'above']
+TRIPLES = list(itertools.product(TEXTURES, COLOURS, SHAPES))
+# a tenth of the (texture, colour, shape) triples never occurs in training
+UNSEEN = {TRIPLES[i] for i in np.random.default_rng(2511).permutation(len(TRIPLES))[:len(TRIPLES) // 10]}
+YY, XX = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + .5
+
+
+def draw_scene(rng, unseen=False):
+    """A random scene: a dict with 'objects' (one or two triples), 'relation' (None for one object) and 'background'.
+    unseen=False uses training triples only; unseen=True makes at least one triple a held-out one."""
+    pool = [t for t in TRIPLES if t not in UNSEEN]
+    objects = [pool[rng.integers(len(pool))] for _ in range(1 if rng.random() < .4 else 2)]
+    if unseen:
+        objects[rng.integers(len(objects))] = sorted(UNSEEN)[rng.integers(len(UNSEEN))]
+    free = [c for c in COLOURS if c not in {o[1] for o in objects}]
+    return dict(objects=objects, relation=RELATIONS[rng.integers(2)] if len(objects) == 2 else None,
+                background=free[rng.integers(len(free))])
+
+
+def caption(scene):
+    """`a [TEXTURE] COLOUR SHAPE [left of|above a [TEXTURE] COLOUR SHAPE] on COLOUR`; plain is unsaid."""
+    names = ['a ' + ' '.join(w for w in o if w != 'plain') for o in scene['objects']]
+    return f' {scene["relation"]} '.join(names) + f' on {scene["background"]}'
+
+
+def neighbours(scene):
+    """Every caption that differs from this scene's in exactly one attribute (texture, colour, shape, relation,
+    background) and is still a caption of the grammar."""
+    out = []
+    for k, o in enumerate(scene['objects']):
+        for slot, values in enumerate([TEXTURES, list(COLOURS), SHAPES]):
+            for v in values:
+                if v != o[slot] and not (slot == 1 and v == scene['background']):
+                    objects = list(scene['objects'])
+                    objects[k] = o[:slot] + (v,) + o[slot + 1:]
+                    out.append(dict(scene, objects=objects))
+    taken = {o[1] for o in scene['objects']} | {scene['background']}
+    out += [dict(scene, background=c) for c in COLOURS if c not in taken]
+    if scene['relation']:
+        out.append(dict(scene, relation=RELATIONS[1 - RELATIONS.index(scene['relation'])]))
+    return [caption(s) for s in out]
+
+
+def distance(shape, x, y):
+    """Signed distance in units of the shape's radius, negative inside; x, y in the same units, y down."""
+    if shape == 'circle':
+        return np.hypot(x, y) - .92
+    if shape == 'ring':
+        return np.abs(np.hypot(x, y) - .70) - .26
+    if shape == 'square':
+        return np.maximum(np.abs(x), np.abs(y)) - .80
+    if shape == 'cross':
+        ax, ay = np.abs(x), np.abs(y)
+        return np.minimum(np.maximum(ax - .95, ay - .34), np.maximum(ax - .34, ay - .95))
+    if shape == 'triangle':
+        return np.maximum(np.abs(x) * .8660 - (y - .22) * .5 - .52, y - .74)        # tip at y = -.82
+    a = (np.arctan2(x, -y) + 2 * np.pi) % (2 * np.pi / 5) - np.pi / 5          # star: fold onto one of five points
+    r = np.hypot(x, y)
+    px, py = r * np.cos(a), r * np.abs(np.sin(a))                              # tip at angle pi/5, notch at 0
+    tip, notch = np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)]), np.array([.46, 0.])
+    ex, ey = tip - notch
+    return ((px - notch[0]) * ey - (py - notch[1]) * ex) / np.hypot(ex, ey)
+
+
+def pattern(texture, x, y, period, angle):
+    """0..1 map of the second tone; x, y and period in pixels."""
+    if texture == 'plain':
+        return np.zeros_like(x)
+    c, s = np.cos(angle), np.sin(angle)
+    u, v = (c * x + s * y) * 2 * np.pi / period, (c * y - s * x) * 2 * np.pi / period
+    wave = {'striped': lambda: np.sin(u), 'dotted': lambda: np.cos(u) + np.cos(v) - .75,
+            'checkered': lambda: 3 * np.sin(u * .8) * np.sin(v * .8)}[texture]()
+    return 1 / (1 + np.exp(-4 * wave))
+
+
+def render(scene, rng):
+    """(64, 64, 3) float32 in [0, 1] and the objects' masks (n, 64, 64) bool."""
+    light = rng.uniform(0, 2 * np.pi)
+    lx, ly = np.cos(light), np.sin(light)
+    gradient = 1 + .14 * ((XX - 32) * lx + (YY - 32) * ly) / 32
+    img = np.array(COLOURS[scene['background']], np.float32) * .9 * gradient[..., None] + .03
+    masks, n = [], len(scene['objects'])
+    for k, (texture, colour, shape) in enumerate(scene['objects']):
+        radius = rng.uniform(16, 22) if n == 1 else rng.uniform(11.5, 14)
+        side = 0 if n == 1 else (2 * k - 1) * rng.uniform(14.5, 16.5)
+        cx, cy = 32 + rng.uniform(-1, 1) * (7 if n == 1 else 1.5), 32 + rng.uniform(-1, 1) * (7 if n == 1 else 4)
+        if scene['relation'] == 'left of':
+            cx += side
+        elif scene['relation'] == 'above':
+            cx, cy = 32 + (cy - 32), 32 + (cx - 32) + side
+        turn = rng.uniform(-.25, .25)
+        c, s = np.cos(turn), np.sin(turn)
+
+        def sdf(dx, dy):
+            x, y = XX - cx - dx, YY - cy - dy
+            return distance(shape, (c * x + s * y) / radius, (c * y - s * x) / radius) * radius
+
+        shadow = .5 / (1 + np.exp(sdf(-2.5 * lx, -2.5 * ly) / 1.2))
+        img = img * (1 - shadow[..., None])
+        d = sdf(0, 0)
+        base = np.array(COLOURS[colour], np.float32)
+        second = base + (1 - base) * .50 if base.mean() < .35 else base * .42
+        tone = pattern(texture, XX - cx, YY - cy, rng.uniform(8, 10), turn + rng.choice([0, np.pi / 4, np.pi / 2]))
+        shade = 1 + .22 * ((XX - cx) * lx + (YY - cy) * ly) / radius
+        body = (base + (second - base) * tone[..., None]) * shade[..., None] + .02
+        cover = np.clip(.5 - d, 0, 1)[..., None]
+        img = img * (1 - cover) + body * cover
+        masks.append(d < 0)
+    img = img + rng.normal(0, .012, img.shape)
+    return np.clip(img, 0, 1).astype(np.float32), np.stack(masks)
+
+
+def pictures(n, seed, unseen=False):
+    """n scenes with their pictures as uint8 (n, 64, 64, 3); the i-th depends on (seed, i) alone."""
+    scenes, out = [], np.empty((n, SIZE, SIZE, 3), np.uint8)
+    for i in tqdm(range(n), desc='drawing', leave=False):
+        rng = np.random.default_rng([seed, i])
+        scenes.append(draw_scene(rng, unseen))
+        out[i] = np.rint(render(scenes[-1], rng)[0] * 255)
+    return scenes, out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one training loop for all components: random numbers from (seed, iteration), checkpoints, EMA, linear warm-up and
+# cool-down
+
+def fit(name, nets, loss, iters, lr, ema=None, every=500):
+    """Trains the ModuleDict `nets` with AdamW on loss(nets, i, generator) -> (scalar, dict for the bar). Resumes from
+    WORK/name.pt. With ema=d the returned weights are the exponential average with decay d. Returns nets in eval mode."""
+    iters = args.iters or iters
+    nets.to(DEVICE).train()
+    params = [p for p in nets.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=lr, betas=(.9, .99), weight_decay=.01)
+    shadow, start, file = None, 0, WORK / f'{name}.pt'
+    if ema:
+        shadow = {k: v.detach().clone() for k, v in nets.state_dict().items()}
+    if file.exists():
+        state = torch.load(file, map_location=DEVICE, weights_only=True)
+        nets.load_state_dict(state['nets']), opt.load_state_dict(state['opt'])
+        shadow, start = state['shadow'], state['i']
+    bar = tqdm(range(start, iters), desc=name, initial=start, total=iters, mininterval=10)
+    for i in bar:
+        for group in opt.param_groups:
+            group['lr'] = lr * min(1, (i + 1) / 200) * min(1, (iters - i) / (.3 * iters))
+        value, info = loss(nets, i, torch.Generator().manual_seed(args.seed * 1_000_003 + i))
+        opt.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.)
+        opt.step()
+        if ema:
+            decay = min(ema, (i + 1) / (i + 10))
+            with torch.no_grad():
+                for k, v in nets.state_dict().items():
+                    shadow[k].lerp_(v, 1 - decay) if v.is_floating_point() else shadow[k].copy_(v)
+        if (i + 1) % 50 == 0:
+            bar.set_postfix_str(' '.join(f'{k} {float(v):.4f}' for k, v in info.items()), refresh=False)
+        if (i + 1) % every == 0 or i + 1 == iters:
+            torch.save(dict(nets=nets.state_dict(), opt=opt.state_dict(), shadow=shadow, i=i + 1), f'{file}.tmp')
+            os.replace(f'{file}.tmp', file)
+    if ema:
+        nets.load_state_dict(shadow)
+    return nets.eval()
+
+
+def pool(n=40_000, seed=0):
+    """The training pictures (uint8, drawn once, kept in WORK) and their scenes."""
+    file = WORK / f'pictures_{seed}_{n}.npy'
+    if not file.exists():
+        np.save(file.with_suffix('.tmp.npy'), pictures(n, seed)[1])
+        os.replace(file.with_suffix('.tmp.npy'), file)
+    return [draw_scene(np.random.default_rng([seed, i])) for i in range(n)], np.load(file, mmap_mode='r')
+
+
+def to_pixels(uint8):
+    """uint8 (B, H, W, 3) numpy -> float (B, 3, H, W) in [-1, 1] on the device."""
+    return torch.from_numpy(np.ascontiguousarray(uint8)).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def finish(build, folder):
+    """Builds into a temporary folder and moves it to OUT/folder in one step; says what it did."""
+    temporary = OUT / (folder + '.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    build(temporary)
+    shutil.rmtree(OUT / folder, ignore_errors=True)
+    os.replace(temporary, OUT / folder)
+    size = sum(f.stat().st_size for f in (OUT / folder).rglob('*') if f.is_file())
+    print(f'{folder}: {size / 1e6:.1f} MB')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: parquet, prompt lists, tokenizer
+
+def make_data():
+    import datasets
+
+    def parquet(file, n, seed):
+        scenes, images = pictures(n, seed)
+        ds = datasets.Dataset.from_dict({'image': [Image.fromarray(a) for a in images],
+                                         'text': [caption(s) for s in scenes]})
+        ds = ds.map(lambda row: {'image': {'bytes': jpeg(row['image']), 'path': None}})
+        ds.cast_column('image', datasets.Image()).to_parquet(file)
+
+    def jpeg(image):
+        import io
+        buffer = io.BytesIO()
+        image.save(buffer, 'JPEG', quality=90, subsampling=0)   # 2.4 kB a picture; PNG cannot compress the grain: 9 kB
+        return buffer.getvalue()
+
+    def prompts(folder, name, n, seed, unseen):
+        """n captions, and for each a line of 16 captions that differ from it in one attribute."""
+        rng = np.random.default_rng([seed, 99])
+        scenes = {}
+        for i in itertools.count():
+            scene = draw_scene(np.random.default_rng([seed, i]), unseen)
+            scenes.setdefault(caption(scene), scene)
+            if len(scenes) == n:
+                break
+        lines = ['\t'.join(rng.permutation(sorted(set(neighbours(s)) - {c}))[:16]) for c, s in scenes.items()]
+        (folder / f'{name}.txt').write_text('\n'.join(scenes) + '\n')
+        (folder / f'{name}.hard.txt').write_text('\n'.join(lines) + '\n')
+
+    def build(folder):
+        folder.mkdir(parents=True)
+        parquet(folder / 'train.parquet', 2500, 1)
+        parquet(folder / 'test.parquet', 512, 2)
+        prompts(folder, 'prompts', 256, 3, unseen=False)
+        prompts(folder, 'prompts_unseen', 256, 4, unseen=True)
+
+    finish(build, 'data')
+
+
+def make_tokenizer(folder, pad):
+    """CLIP's byte-pair format (vocab.json + merges.txt), merges learned on captions, so that any text has tokens."""
+    import json
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    tok = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
+    tok.normalizer, tok.decoder = normalizers.Lowercase(), decoders.ByteLevel()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    scenes = [draw_scene(np.random.default_rng([0, i])) for i in range(4000)]
+    tok.train_from_iterator(map(caption, scenes), trainers.BpeTrainer(
+        vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix='</w>', show_progress=False))
+    merges = [tuple(m) for m in json.loads(tok.to_str())['model']['merges']]
+    words = alphabet + [a + '</w>' for a in alphabet] + [''.join(m) for m in merges]
+    words = list(dict.fromkeys(words)) + ['<|startoftext|>', '<|endoftext|>']
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'vocab.json').write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in merges) + '\n')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
+        tokenizer_class='CLIPTokenizer', model_max_length=TOKENS, pad_token=pad, bos_token='<|startoftext|>',
+        eos_token='<|endoftext|>', unk_token='<|endoftext|>')))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AutoencoderKL
+
+def make_vae():
+    from diffusers import AutoencoderKL
+    _, images = pool()
+    # 8 x 8 x 16 latents: a UNet forward at batch 16 took 19 ms on 2 cores with (64, 128) channels, 43 ms at 16 x 16 x 4
+    vae = AutoencoderKL(
+        sample_size=SIZE, latent_channels=16, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
+        down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4, norm_num_groups=8,
+        mid_block_add_attention=True)
+
+    def loss(nets, i, g):
+        x = to_pixels(images[torch.randint(len(images), (16,), generator=g).sort().values.numpy()])
+        with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):                   # a quarter faster on 2 cores
+            posterior = nets['vae'].encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(DEVICE)
+            y = nets['vae'].decode(z).sample.float()
+        mse, kl = F.mse_loss(y, x), posterior.kl().mean() / z[0].numel()
+        return F.l1_loss(y, x) + 2 * mse + 1e-4 * kl, dict(psnr=-10 * torch.log10(mse / 4), kl=kl)
+
+    vae = fit('vae', torch.nn.ModuleDict(dict(vae=vae)), loss, 5000, 2e-3, ema=.998)['vae']
+    with torch.no_grad():
+        z = torch.cat([vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean for k in range(0, 2000, 100)])
+        vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5), force_upcast=False)
+        x = to_pixels(pictures(512, 2)[1])
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        print(f'vae: held-out PSNR {-10 * torch.log10(F.mse_loss(y, x) / 4):.2f} dB, latent std {z.std():.3f}, '
+              f'per channel {z.std((0, 2, 3)).min():.3f} to {z.std((0, 2, 3)).max():.3f}')
+    show([x[:16], y[:16]], 'vae.png')
+    vae.half().save_pretrained(WORK / 'vae')
+
+
+def show(rows, name):
+    """Rows of (n, 3, H, W) in [-1, 1] as one picture in WORK, to look at."""
+    grid = torch.cat([torch.cat(list(r.float().cpu()), 2) for r in rows], 1)
+    grid = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.NEAREST).save(WORK / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAM
+
+def make_sam():
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+    dim, grid = 64, SIZE // 4
+    sam = Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=SIZE, patch_size=4, embed_dim=96, depth=4, num_heads=3, mlp_ratio=4, out_chans=dim, qkv_bias=True,
+            norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6), use_rel_pos=True, window_size=8,
+            global_attn_indexes=[1, 3]),
+        prompt_encoder=PromptEncoder(embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(SIZE, SIZE),
+                                     mask_in_chans=8),
+        mask_decoder=MaskDecoder(num_multimask_outputs=3, transformer_dim=dim, iou_head_depth=2, iou_head_hidden_dim=64,
+                                 transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=128, num_heads=4)),
+        pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
+
+    def batch(seed, n, g):
+        """n pictures, a point inside one of the objects of each, and that object's mask."""
+        images, points, targets = [], [], []
+        for i in torch.randint(20_000, (n,), generator=g).tolist():
+            rng = np.random.default_rng([seed, i])
+            image, masks = render(draw_scene(rng), rng)
+            if len(masks) == 2:                                      # where they overlap the second lies on top
+                masks[0] &= ~masks[1]
+            mask = masks[torch.randint(len(masks), (1,), generator=g).item()]
+            inside = np.argwhere(mask)
+            points.append(inside[torch.randint(len(inside), (1,), generator=g).item()][::-1].copy())
+            images.append(np.rint(image * 255))
+            targets.append(mask)
+        images = torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2).to(DEVICE)
+        return images, torch.from_numpy(np.stack(points)).float().to(DEVICE)[:, None], torch.from_numpy(
+            np.stack(targets)).float().to(DEVICE)
+
+    def masks_of(sam, images, points):
+        """The decoder's first (single-mask) output for one point a picture: logits (B, 64, 64), predicted IoU (B,)."""
+        features = sam.image_encoder(sam.preprocess(images))
+        out, quality = [], []
+        for f, p in zip(features, points):
+            label = torch.ones(1, 1, dtype=torch.long, device=p.device)
+            sparse, dense = sam.prompt_encoder(points=(p[None], label), boxes=None, masks=None)
+            low, iou = sam.mask_decoder(
+                image_embeddings=f[None], image_pe=sam.prompt_encoder.get_dense_pe(), sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense, multimask_output=False)
+            out.append(sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE))[0, 0])
+            quality.append(iou[0, 0])
+        return torch.stack(out), torch.stack(quality)
+
+    def overlap(logits, target):
+        a, b = logits > 0, target > .5
+        return (a & b).sum((1, 2)) / (a | b).sum((1, 2))
+
+    def loss(nets, i, g):
+        images, points, target = batch(0, 16, g)
+        logits, quality = masks_of(nets['sam'], images, points)
+        p, iou = logits.sigmoid(), overlap(logits, target)
+        dice = 1 - (2 * (p * target).sum((1, 2)) + 1) / (p.sum((1, 2)) + target.sum((1, 2)) + 1)
+        return F.binary_cross_entropy_with_logits(logits, target) + dice.mean() + F.mse_loss(quality, iou), dict(
+            iou=iou.mean())
+
+    sam = fit('sam', torch.nn.ModuleDict(dict(sam=sam)), loss, 2500, 1e-3, ema=.998)['sam']
+    with torch.no_grad():
+        images, points, target = batch(2, 512, torch.Generator().manual_seed(0))
+        iou = torch.cat([overlap(masks_of(sam, a, b)[0], c) for a, b, c in
+                         zip(images.split(64), points.split(64), target.split(64))])
+    print(f'sam: held-out IoU {iou.mean():.3f} over {len(iou)} points')
+    torch.save(sam.half().state_dict(), OUT / 'sam.tmp')
+    os.replace(OUT / 'sam.tmp', OUT / 'sam.pth')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP, the judge: contrastive, with captions that differ in one attribute as hard negatives
+
+def make_clip():
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+    tokenizer = make_tokenizer(WORK / 'tokenizer', '<|endoftext|>')
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+               pad_token_id=tokenizer.pad_token_id)
+    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=128, **ids)
+    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+                  image_size=SIZE, patch_size=8, projection_dim=128)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    scenes, images = pool()
+    mean, std = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
+
+    def look(model, pixels):
+        x = (pixels * .5 + .5 - mean.to(DEVICE)[:, None, None]) / std.to(DEVICE)[:, None, None]
+        return F.normalize(model.visual_projection(model.vision_model(pixel_values=x).pooler_output), dim=-1)
+
+    def read(model, texts):
+        t = tokenizer(texts, padding=True, truncation=True, return_tensors='pt').to(DEVICE)
+        return F.normalize(model.text_projection(model.text_model(**t).pooler_output), dim=-1)
+
+    def loss(nets, i, g):
+        model, index, hard = nets['clip'], torch.randint(len(images), (64,), generator=g).sort().values.numpy(), 4
+        rng, texts = np.random.default_rng([7, i]), []
+        for k in index:
+            near = neighbours(scenes[k])
+            texts += [caption(scenes[k])] + [near[j] for j in rng.permutation(len(near))[:hard]]
+        v, t = look(model, to_pixels(images[index])), read(model, texts)                       # (B, D), (B (1 + h), D)
+        logits = model.logit_scale.exp().clamp(max=100) * v @ t.T                                     # (B, B (1 + h))
+        own = torch.arange(len(index), device=DEVICE) * (1 + hard)
+        near = logits.gather(1, own[:, None] + torch.arange(1 + hard, device=DEVICE))                      # (B, 1 + h)
+        first = (near.argmax(1) == 0).float().mean()
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, own].T, torch.arange(len(index), device=DEVICE))
+                + F.cross_entropy(near, torch.zeros_like(own))), dict(hard=first)
+
+    clip = fit('clip', torch.nn.ModuleDict(dict(clip=clip)), loss, 6000, 1e-3, ema=.998)['clip']
+    with torch.no_grad():
+        scenes, images = pictures(512, 2)
+        ranks, rng, captions = [], np.random.default_rng(5), [caption(s) for s in scenes]
+        v = look(clip, to_pixels(images))
+        for k, s in enumerate(scenes):
+            own = captions[k]
+            near = list(rng.permutation(sorted(set(neighbours(s)) - {own}))[:16])
+            far = list(rng.permutation(sorted(set(captions) - {own} - set(near)))[:31 - len(near)])
+            ranks.append((v[k] @ read(clip, [own] + near + far).T).argmax().item())
+    print(f'clip: R-precision of {len(ranks)} held-out pictures {np.mean(np.array(ranks) == 0):.3f} '
+          '(own caption first among 32, 16 of them one attribute away)')
+
+    def build(folder):
+        clip.half().save_pretrained(folder)
+        CLIPProcessor(CLIPImageProcessor(size={'shortest_edge': SIZE}, crop_size={'height': SIZE, 'width': SIZE}),
+                      tokenizer).save_pretrained(folder)
+
+    finish(build, 'clip')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the teacher: SDXL's classes, trained on eps with the caption dropped (zeros, as SDXL does) one time in ten
+
+def make_teacher():
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    vae = AutoencoderKL.from_pretrained(WORK / 'vae').float().to(DEVICE)
+    scenes, images = pool()
+    file = WORK / 'latents.pt'
+    if not file.exists():
+        with torch.no_grad():
+            moments = [vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean.cpu()
+                       for k in tqdm(range(0, len(images), 100), desc='latents')]
+        torch.save(torch.cat(moments) * vae.config.scaling_factor, file)
+    latents = torch.load(file, weights_only=True)
+    tokenizer, tokenizer_2 = [make_tokenizer(WORK / f'tokenizer_{k}', p) for k, p in enumerate(['<|endoftext|>', '!'])]
+    words = [torch.as_tensor(t([caption(s) for s in scenes], padding='max_length')['input_ids'])
+             for t in (tokenizer, tokenizer_2)]
+    text = dict(vocab_size=len(tokenizer), num_hidden_layers=3, max_position_embeddings=TOKENS,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    nets = torch.nn.ModuleDict(dict(
+        te1=CLIPTextModel(CLIPTextConfig(hidden_size=64, intermediate_size=256, num_attention_heads=2, **text)),
+        te2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=96, intermediate_size=384, num_attention_heads=3,
+                                                       hidden_act='gelu', projection_dim=96, **text)),
+        unet=UNet2DConditionModel(
+            sample_size=SIZE // 8, in_channels=16, out_channels=16, block_out_channels=(64, 128), layers_per_block=1,
+            down_block_types=['CrossAttnDownBlock2D'] * 2, up_block_types=['CrossAttnUpBlock2D'] * 2,
+            attention_head_dim=[2, 4], cross_attention_dim=160, use_linear_projection=True,
+            addition_embed_type='text_time', addition_time_embed_dim=16, projection_class_embeddings_input_dim=192)))
+    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
+                                       timestep_spacing='leading')
+    bars = scheduler.alphas_cumprod.to(DEVICE)
+
+    def loss(nets, i, g):
+        index = torch.randint(len(latents), (64,), generator=g)
+        x0, eps = latents[index].to(DEVICE), torch.randn(64, *latents.shape[1:], generator=g).to(DEVICE)
+        t = torch.randint(1000, (64,), generator=g).to(DEVICE)
+        keep = (torch.rand(64, generator=g) > .1).float().to(DEVICE)
+        one = nets['te1'](words[0][index].to(DEVICE), output_hidden_states=True)
+        two = nets['te2'](words[1][index].to(DEVICE), output_hidden_states=True)
+        y = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1) * keep[:, None, None]       # (B, TOKENS, 160)
+        sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]).expand(64, 6).to(DEVICE)
+        a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
+        out = nets['unet'](a * x0 + s * eps, t, y, added_cond_kwargs=dict(
+            text_embeds=two.text_embeds * keep[:, None], time_ids=sizes)).sample
+        mse = F.mse_loss(out, eps)
+        return mse, dict(mse=mse)
+
+    nets = fit('teacher', nets, loss, 12_000, 1.5e-3, ema=.9995)
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=nets['te1'], text_encoder_2=nets['te2'], tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        unet=nets['unet'], scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
+    with torch.no_grad():
+        rows = [pipe((OUT / 'data/prompts.txt').read_text().split('\n')[:12], num_inference_steps=n, guidance_scale=w,
+                     generator=torch.Generator().manual_seed(0), output_type='pt').images * 2 - 1
+                for n, w in [(50, 1.01), (50, 2), (50, 4), (50, 8), (4, 4)]]
+    show(rows, 'teacher.png')
+    finish(lambda folder: pipe.to(torch.float16).save_pretrained(folder), 'sdxl')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def make_student():
+    run = WORK / 'student'
+    subprocess.run([sys.executable, ROOT / 'train_stage1.py', '--recipe', 'toy', '--model', OUT / 'sdxl',
+                    '--out', run, '--save_dtype', 'float16'], check=True, cwd=ROOT)
+    finish(lambda folder: shutil.copytree(run / 'student', folder), 'student')
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument('--only', nargs='+', choices=COMPONENTS, default=COMPONENTS, help='components to build')
+    p.add_argument('--out', type=Path, default=ROOT / 'assets/toy', help='folder for the finished files')
+    p.add_argument('--work', type=Path, default=ROOT / 'out/make_toy', help='folder for pictures and checkpoints')
+    p.add_argument('--iters', type=int, default=0, help='training iterations of every component; 0: its own number')
+    p.add_argument('--seed', type=int, default=0, help='seed of everything')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device')
+    args = p.parse_args()
+    OUT, WORK, DEVICE, TOKENS = args.out, args.work, args.device, 24
+    OUT.mkdir(parents=True, exist_ok=True), WORK.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        done = WORK / f'{name}.done'
+        if done.exists():
+            print(f'{name}: done already; delete {done} to build it again')
+            continue
+        torch.manual_seed(args.seed)
+        globals()[f'make_{name}']()
+        done.touch()
