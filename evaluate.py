@@ -34,7 +34,7 @@ RECIPES = {
                 real_files='test.parquet', image_column='image', text_column='text', cfg=4.),
 }
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+p = m.parser(__doc__)
 p.add_argument('--ckpt', default='', help='run folder or student pipeline; empty: newest of out/stage2, out/stage1, else the shipped one')
 p.add_argument('--teacher', action=argparse.BooleanOptionalAction, default=False, help='score the base model (alone, or beside --ckpt)')
 p.add_argument('--images', default='', help='score this folder of pictures instead')
@@ -57,9 +57,7 @@ first, _ = p.parse_known_args()
 folder, facts = m.find_student(first.ckpt)
 p.set_defaults(**RECIPES[first.recipe or facts['recipe']])
 args = p.parse_args()
-for flag, least in (('n', 0), ('steps', 1), ('teacher_steps', 1), ('batch', 1), ('n_real', 1)):
-    if getattr(args, flag) < least:
-        m.die(f'--{flag} {getattr(args, flag)} must be at least {least}')
+m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0)
 
 rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)])
 device = torch.device('cuda', local_rank) if torch.cuda.is_available() else torch.device('cpu')
@@ -163,8 +161,8 @@ def candidates(i):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-pictures = m.Pictures(args.real, args.real_files, args.image_column, args.text_column, 2 * max(
-    clip.config.vision_config.image_size // 2, 1), args.seed)
+pictures = m.Pictures(args.real, args.real_files, args.image_column, args.text_column,
+                      clip.config.vision_config.image_size, args.seed)
 real = torch.cat([embed_pictures((pictures[i]['pixels'][None] + 1) / 2) for i in range(min(args.n_real, len(pictures.rows)))])
 
 table, mine = {}, list(range(rank, n, world))

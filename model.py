@@ -10,8 +10,9 @@ Losses and samplers are written with alpha, sigma and x0 only. References: Flash
 ADM (2507.18569) for the discriminator heads, SenseFlow (2506.00523) for the coupling of the fake score.
 """
 
-import copy
+import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -37,6 +38,33 @@ def die(message):
     if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def parser(doc):
+    """An ArgumentParser for a script: the docstring as help, no abbreviated flags, errors in one line."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   allow_abbrev=False, usage='%(prog)s [--flag value ...], see --help')
+
+
+def at_least(args, **least):
+    """Ends with a sentence for the first flag in args that is below its least value."""
+    for flag, value in least.items():
+        if getattr(args, flag) < value:
+            die(f'--{flag} {getattr(args, flag)} must be at least {value}')
+
+
+def quiet():
+    """No progress bars, warnings and retry reports from the Hugging Face libraries; their errors become sentences."""
+    import datasets
+    import diffusers
+    import huggingface_hub
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -187,10 +215,7 @@ class Schedule:
 def load_pipeline(name, flag, dtype):
     """DiffusionPipeline from a folder or a hub id; ends with one sentence when there is none. dtype as diffusers takes it."""
     import diffusers
-    import transformers
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet()
     if Path(name).exists() and not (Path(name) / 'model_index.json').exists():
         die(f'{flag} {name} is not a diffusers pipeline folder (it has no model_index.json)')
     if not Path(name).exists() and (str(name).count('/') != 1 or str(name)[0] in './~'):
@@ -386,10 +411,28 @@ SAM_URLS = {f'vit_{k}': f'https://dl.fbaipublicfiles.com/segment_anything/sam_vi
             for k, v in dict(b='01ec64', l='0b3195', h='4b8939').items()}
 
 
-def load_sam_encoder(name, flag='--sam'):
-    """The frozen image encoder of a segment_anything checkpoint: a file, or vit_b, vit_l, vit_h (downloaded once). All
-    sizes are read off the state dict. Returns (ImageEncoderViT, indices of its global-attention blocks)."""
+def build_sam_encoder(state):
+    """(ImageEncoderViT with weights, indices of its global-attention blocks) from a segment_anything state dict; vit_b,
+    vit_l, vit_h or any other size, all read off the tensors. KeyError, RuntimeError... where it is not one."""
     from segment_anything.modeling import ImageEncoderViT
+    prefix = 'image_encoder.'
+    state = {k[len(prefix):]: v.float() for k, v in state.items() if k.startswith(prefix)}
+    pos, patch = state['pos_embed'], state['patch_embed.proj.weight']
+    dim, grid = pos.shape[-1], pos.shape[1]
+    depth = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.'))
+    reach = [(len(state[f'blocks.{i}.attn.rel_pos_h']) + 1) // 2 for i in range(depth)]        # side of the window
+    global_blocks = [i for i in range(depth) if reach[i] == grid]
+    encoder = ImageEncoderViT(
+        img_size=grid * patch.shape[-1], patch_size=patch.shape[-1], embed_dim=dim, depth=depth,
+        num_heads=dim // state['blocks.0.attn.rel_pos_h'].shape[1], out_chans=len(state['neck.0.weight']),
+        mlp_ratio=len(state['blocks.0.mlp.lin1.weight']) / dim, use_rel_pos=True, window_size=min(reach),
+        norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6), global_attn_indexes=global_blocks)
+    encoder.load_state_dict(state)
+    return encoder.requires_grad_(False).eval(), global_blocks
+
+
+def load_sam_encoder(name, flag='--sam'):
+    """build_sam_encoder on a checkpoint file, or on vit_b, vit_l, vit_h (downloaded once); one sentence if it fails."""
     offline = f'{flag} assets/toy/sam.pth runs offline, --gan latent and --gan none need no SAM'
     try:
         if name in SAM_URLS:
@@ -402,23 +445,10 @@ def load_sam_encoder(name, flag='--sam'):
         die(f'{flag} {name} could not be downloaded or read ({error}); {offline}')
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
         die(f'{flag} {name} is not a plain state dict of tensors (truncated, or with a pickled payload); {offline}')
-    prefix = 'image_encoder.'
-    state = {k[len(prefix):]: v.float() for k, v in state.items() if k.startswith(prefix)} if isinstance(state, dict) else {}
     try:
-        pos, patch = state['pos_embed'], state['patch_embed.proj.weight']
-        dim, grid = pos.shape[-1], pos.shape[1]
-        depth = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.'))
-        reach = [(len(state[f'blocks.{i}.attn.rel_pos_h']) + 1) // 2 for i in range(depth)]     # side of the window
-        global_blocks = [i for i in range(depth) if reach[i] == grid]
-        encoder = ImageEncoderViT(
-            img_size=grid * patch.shape[-1], patch_size=patch.shape[-1], embed_dim=dim, depth=depth,
-            num_heads=dim // state['blocks.0.attn.rel_pos_h'].shape[1], out_chans=len(state['neck.0.weight']),
-            mlp_ratio=len(state['blocks.0.mlp.lin1.weight']) / dim, use_rel_pos=True, window_size=min(reach),
-            norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6), global_attn_indexes=global_blocks)
-        encoder.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError, IndexError):
-        die(f'{flag} {name} is not a segment_anything checkpoint (its image_encoder tensors are missing or misshapen); {offline}')
-    return encoder.requires_grad_(False).eval(), global_blocks
+        return build_sam_encoder(state)
+    except (AttributeError, KeyError, ValueError, RuntimeError, IndexError, TypeError):
+        die(f'{flag} {name} is not a segment_anything checkpoint (image_encoder tensors missing or misshapen); {offline}')
 
 
 class PixelDiscriminator(nn.Module):
@@ -495,7 +525,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __init__(self, source, files, image_column, text_column, size, seed):
         import datasets
-        datasets.disable_progress_bars()
+        quiet()
         where, options = source, dict(split='train')
         if files:
             options['data_files'] = files
@@ -510,7 +540,7 @@ class Pictures(torch.utils.data.Dataset):
             where, options['data_files'] = 'webdataset', sorted(map(str, Path(source).rglob('*.tar')))
         try:
             rows = datasets.load_dataset(where, **options)
-        except Exception as error:                   # datasets raises a dozen unrelated types; none is ours
+        except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = ' '.join(str(error).split())[:300]
             die(f'--data {source} could not be loaded or downloaded; --data assets/toy/data runs offline ({reason})')
         if not len(rows):
@@ -620,6 +650,13 @@ def load_state(folder, nets, opts, args):
     return saved['iteration']
 
 
+def on_cpu(net, dtype):
+    """A frozen copy of net on the CPU with floating weights as dtype, without a second copy on net's own device."""
+    memo = {id(w): nn.Parameter(w.detach().to('cpu', dtype), requires_grad=False) for w in net.parameters()}
+    memo |= {id(b): b.detach().to('cpu', dtype if b.is_floating_point() else b.dtype) for b in net.buffers()}
+    return copy.deepcopy(net, memo).eval()
+
+
 def save_student(folder, base, student, steps, dtype, facts):
     """Saves the student as a pipeline folder that diffusers alone can use: LCMScheduler set to the student's own steps,
     all weights as dtype, and student.json with facts (its base model, iteration, prompts)."""
@@ -630,7 +667,7 @@ def save_student(folder, base, student, steps, dtype, facts):
     scheduler.set_timesteps(n)
     assert scheduler.timesteps.tolist() == steps.long().tolist(), f'{scheduler.timesteps} is not {steps} of {train}'
     live = dict(base.pipe.components, unet=student, scheduler=scheduler)
-    parts = {k: copy.deepcopy(v).cpu().to(dtype).eval() if isinstance(v, nn.Module) else v for k, v in live.items()}
+    parts = {k: on_cpu(v, dtype) if isinstance(v, nn.Module) else v for k, v in live.items()}
     pipe = type(base.pipe)(**parts, **{k: v for k, v in base.pipe.config.items() if k == 'force_zeros_for_empty_prompt'})
     with replacing(folder) as tmp:
         pipe.save_pretrained(tmp)

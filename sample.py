@@ -16,7 +16,7 @@ import torch
 
 import model as m
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+p = m.parser(__doc__)
 p.add_argument('--ckpt', default='', help='run folder or student pipeline; empty: newest of out/stage2, out/stage1, else the shipped one')
 p.add_argument('--teacher', action=argparse.BooleanOptionalAction, default=False, help="draw with the student's base model instead")
 p.add_argument('--steps', type=int, default=4, help='sampling steps')
@@ -28,9 +28,7 @@ p.add_argument('--batch', type=int, default=8, help='pictures per call')
 p.add_argument('--seed', type=int, default=0, help='picture i depends on (seed, i) alone')
 p.add_argument('--out', default='samples.png', help='PNG to write')
 args = p.parse_args()
-for flag in ('steps', 'n', 'batch'):
-    if getattr(args, flag) < 1:
-        m.die(f'--{flag} {getattr(args, flag)} must be at least 1')
+m.at_least(args, steps=1, n=1, batch=1, seed=0)
 if args.steps > 1000:
     m.die(f'--steps {args.steps} is more than the 1000 noise levels there are')
 m.writable_folder(Path(args.out).parent, '--out')

@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ RECIPES = {
         checkpointing=False, save_every=100, sample_every=100, log_every=10),
 }
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+p = m.parser(__doc__)
 p.add_argument('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy', help='table of defaults')
 # what to distil, from what
 p.add_argument('--model', help='teacher: a StableDiffusionXLPipeline folder or hub id')
@@ -97,18 +98,19 @@ cuda = torch.cuda.is_available()
 device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
 master = rank == 0
 print0 = print if master else lambda *a, **k: None
-if args.batch % (world * args.micro) or min(args.batch, args.micro) < 1:
+m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, sample_every=0, warmup=0, workers=0,
+           seed=0, gan_crop=0, couple=0)
+if args.couple > 1:
+    m.die(f'--couple {args.couple} must be at most 1')
+if args.batch % (world * args.micro):
     m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; '
           f'change --batch to {max(1, args.batch // max(1, world * args.micro)) * world * args.micro} or lower --micro')
-for flag in ('iters', 'steps', 'ttur', 'save_every', 'log_every'):
-    if getattr(args, flag) < 1:
-        m.die(f'--{flag} {getattr(args, flag)} must be at least 1')
 out = m.writable_folder(args.out, '--out')
 if cuda:
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')
 if world > 1:
-    dist.init_process_group('nccl' if cuda else 'gloo')
+    dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=1))       # rank 0 saves meanwhile
 torch.manual_seed(args.seed)                               # the heads' initial weights; all else has streams of its own
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,9 +275,12 @@ for it in range(start, args.iters + 1):
                     t_l = steps[l].expand(len(end))
                     x_l = schedule.noised(end, eps[:, S + 1], t_l)
                 z = base.x0(G, x_l, t_l, y)                                                             # (b, C, h, w)
+            if args.gan != 'none':
+                leaf = z.detach().requires_grad_(turn)                   # the discriminator gets no gradient, only its input
+                seen = view(leaf, it)                                                          # pixels (b, 3, H, W)
             if args.gan != 'none' and turn:
-                t_d = schedule.between(u[:, 1], 0, 999)
-                adv, d_adv = m.slope(lambda x: g_loss(judge(heads, view(x, it), eps[:, S + 2], t_d, y)), z)
+                adv = g_loss(judge(heads, seen, eps[:, S + 2], schedule.between(u[:, 1], 0, 999), y))
+                d_adv, = torch.autograd.grad(adv, leaf)                                                 # dAdv/dz
                 note(**{'gan/g': adv, 'grad/gan': m.sample_norm(d_adv) * args.gan_weight})
 
             # 4. L = L_DM + gan_weight L_adv, through the one or two student forwards
@@ -283,7 +288,7 @@ for it in range(start, args.iters + 1):
                 torch.autograd.backward([x0, z], [d_dm / accumulate, d_adv * args.gan_weight / accumulate])
             elif turn:
                 x0.backward(d_dm / accumulate)
-        kept.append((part, y, eps, u, x0.detach(), z.detach()))
+        kept.append((part, y, eps, u, x0.detach(), seen.detach() if args.gan != 'none' else None))
 
     if turn:
         size = m.update(opts['student'], student)
@@ -292,17 +297,16 @@ for it in range(start, args.iters + 1):
             m.couple(fake, student, args.couple)
 
     # 5. the fake score learns the student's samples, 6. the discriminator tells real from generated
-    for part, y, eps, u, x0, z in kept:
+    for part, y, eps, u, x0, seen in kept:
         final = part.stop == len(mine)
         with sync('fake', final), sync('heads', final):
             loss = m.diffusion_loss(base, wrapped['fake'], x0, eps[:, S + 3], schedule.between(u[:, 2], 0, 999), y)
             note(fake=loss)
             if args.gan != 'none':
-                with torch.no_grad():
-                    seen = torch.cat([real_view(rows['pixels'][part].to(device), it), view(z, it)])
-                t_d, both = schedule.between(u[:, 3], 0, 999), [torch.cat([a, a]) for a in y]
-                real, made = judge(wrapped['heads'], seen, torch.cat([eps[:, S + 4], eps[:, S + 2]]),
-                                   torch.cat([t_d, t_d]), both).chunk(2)
+                both = torch.cat([real_view(rows['pixels'][part].to(device), it), seen])
+                t_d = schedule.between(u[:, 3], 0, 999).repeat(2)
+                real, made = judge(wrapped['heads'], both, torch.cat([eps[:, S + 4], eps[:, S + 2]]), t_d,
+                                   [torch.cat([a, a]) for a in y]).chunk(2)
                 d = d_loss(real, made)
                 loss = loss + critic_weight * d
                 note(**{'gan/d': d, 'gan/real': real.mean(), 'gan/made': made.mean()})

@@ -1,0 +1,29 @@
+"""Shared by the tests: the repository's root on the path, one thread per process, and how scripts are started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+torch.set_num_threads(2)
+# the tests describe the CPU path: the toy recipe, whatever card the machine has, and no network
+ENV = os.environ | dict(CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', PYTHONPATH='')
+
+
+def start(*command, cwd=ROOT, ranks=0, timeout=900, env=()):
+    """Runs a script of the repository as a user would; returns the finished process with its output as text."""
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
+    return subprocess.run([*launch, *map(str, command)], cwd=cwd, env=ENV | dict(env), text=True, capture_output=True,
+                          timeout=timeout)
+
+
+@pytest.fixture(scope='session')
+def toy():
+    """model.Base of the toy SDXL."""
+    import model
+    return model.Base(ROOT / 'assets/toy/sdxl')
