@@ -114,6 +114,7 @@ if out.exists():
 
 def load_clip(name):
     from transformers import AutoProcessor, CLIPModel
+    m.quiet()
     try:
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
         return clip.to(device).eval().requires_grad_(False), AutoProcessor.from_pretrained(name)
@@ -162,7 +163,7 @@ def candidates(i):
 # ---------------------------------------------------------------------------------------------------------------------
 
 pictures = m.Pictures(args.real, args.real_files, args.image_column, args.text_column,
-                      clip.config.vision_config.image_size, args.seed)
+                      clip.config.vision_config.image_size, args.seed, '--real')
 real = torch.cat([embed_pictures((pictures[i]['pixels'][None] + 1) / 2) for i in range(min(args.n_real, len(pictures.rows)))])
 
 table, mine = {}, list(range(rank, n, world))

@@ -523,7 +523,7 @@ class Pictures(torch.utils.data.Dataset):
     (shorter side below size / 2) were passed over to get it.
     """
 
-    def __init__(self, source, files, image_column, text_column, size, seed):
+    def __init__(self, source, files, image_column, text_column, size, seed, flag='--data'):
         import datasets
         quiet()
         where, options = source, dict(split='train')
@@ -533,24 +533,24 @@ class Pictures(torch.utils.data.Dataset):
             where = {'.parquet': 'parquet', '.tar': 'webdataset'}.get(Path(source).suffix)
             options['data_files'] = str(source)
             if where is None:
-                die(f'--data {source} is neither .parquet nor .tar; give such a file, a folder or a hub id')
+                die(f'{flag} {source} is neither .parquet nor .tar; give such a file, a folder or a hub id')
         elif not Path(source).exists() and (source.count('/') != 1 or source[0] in './~'):
-            die(f'--data {source} does not exist')
+            die(f'{flag} {source} does not exist')
         elif Path(source).is_dir() and not files and list(Path(source).rglob('*.tar')):
             where, options['data_files'] = 'webdataset', sorted(map(str, Path(source).rglob('*.tar')))
         try:
             rows = datasets.load_dataset(where, **options)
         except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = ' '.join(str(error).split())[:300]
-            die(f'--data {source} could not be loaded or downloaded; --data assets/toy/data runs offline ({reason})')
+            die(f'{flag} {source} could not be loaded or downloaded; {flag} assets/toy/data runs offline ({reason})')
         if not len(rows):
-            die(f'--data {source} has no rows')
+            die(f'{flag} {source} has no rows')
         columns = rows.column_names
-        for flag, name in [('--image_column', image_column), ('--text_column', text_column)]:
+        for option, name in [('--image_column', image_column), ('--text_column', text_column)]:
             if name.split('.')[0] not in columns:
-                die(f'{flag} {name}: --data {source} has no such column, only {", ".join(columns)}')
+                die(f'{option} {name}: {flag} {source} has no such column, only {", ".join(columns)}')
         if not isinstance(rows.features[image_column], datasets.Image):
-            die(f'--image_column {image_column} of --data {source} does not hold pictures')
+            die(f'--image_column {image_column} of {flag} {source} does not hold pictures')
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False)).select_columns(
             [image_column, text_column.split('.')[0]])
         self.image_column, self.text_path, self.size, self.seed = image_column, text_column.split('.'), size, seed
@@ -569,7 +569,7 @@ class Pictures(torch.utils.data.Dataset):
             text = text[0] if isinstance(text, list) and text else text
             if pixels is not None and isinstance(text, str):
                 return dict(pixels=pixels, text=text, skipped=skipped)
-        raise RuntimeError(f'--data: {skipped + 1} rows in a row without a readable picture of {self.size // 2} px and a caption')
+        raise RuntimeError(f'data: {skipped + 1} rows in a row without a readable picture of {self.size // 2} px and a caption')
 
     def _pixels(self, record):
         try:

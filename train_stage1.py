@@ -175,13 +175,37 @@ print0(f'recipe {args.recipe}: {args.model} -> {out}, {world} x {device.type}, '
 print0(f'steps {steps.long().tolist()}, SNR {[round(v, 3) for v in schedule.snr(steps).tolist()]}, batch {args.batch} = '
        f'{world} ranks x {accumulate} x {args.micro}, from iteration {start}')
 
-meter, dropped, total_dropped, skipped, clock = {}, 0, 0, 0, time.time()
+meter, in_a_row, dropped, skipped, clock = {}, 0, 0, 0, time.time()
 
 
-def note(**values):
-    """Adds values, tensors that stay on the device, to the means of the next log line."""
-    for k, v in values.items():
-        meter.setdefault(k.replace('__', '/'), []).append(torch.as_tensor(v, device=device, dtype=torch.float32).detach())
+def note(name, value):
+    """Adds a tensor, which stays on the device, to the mean of `name` in the next log line."""
+    meter.setdefault(name, []).append(torch.as_tensor(value, device=device, dtype=torch.float32).detach())
+
+
+def report(it):
+    """One line to read, one JSON line to plot; the only place where metrics leave the device."""
+    global clock
+    names = sorted(meter)
+    values = torch.stack([torch.stack(meter[k]).mean() for k in names] + [torch.tensor(float(skipped), device=device)])
+    if world > 1:
+        dist.all_reduce(values)
+        values /= world
+    now = time.time()
+    row = dict(iteration=it) | dict(zip(names, values.tolist())) | dict(
+        seconds=(now - clock) / args.log_every, dropped=dropped, skipped=round(values[-1].item() * world),
+        memory=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0.)
+    clock = now
+    meter.clear()
+    if master:
+        dm = ' '.join(f'{row[k]:.4f}@{k[3:]}' for k in names if k.startswith('dm/'))
+        text = ''.join(f'  {label} {row[k]:.4f}' for k, label in [
+            ('fake', 'fake'), ('gan/g', 'g'), ('gan/d', 'd'), ('grad/dm', '|dDM|'), ('grad/gan', '|dGAN|')] if k in row)
+        print(f'{it:5d}/{args.iters}  dm {dm}{text}  {row["seconds"]:.2f} s/it', flush=True)
+        with log.open('a') as file:
+            file.write(json.dumps(row) + '\n')
+        if args.wandb:
+            wandb.log(row, step=it)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +290,7 @@ for it in range(start, args.iters + 1):
                     r = base.x0(base.teacher, x_tau, tau, y, args.cfg)
                     f = base.x0(fake, x_tau, tau, y)
                 dm, d_dm = m.slope(lambda x: m.dm_loss(x, r, f), x0)                                    # loss, dDM/dx0
-                note(**{f'dm/{int(steps[s])}': dm, 'grad/dm': m.sample_norm(d_dm)})
+                note(f'dm/{int(steps[s])}', dm), note('grad/dm', m.sample_norm(d_dm))
 
             # 3. pixel GAN: finish the picture without gradient, noise it to a low-noise step, clean it once with gradient
             if args.gan != 'none' and args.split:
@@ -281,7 +305,7 @@ for it in range(start, args.iters + 1):
             if args.gan != 'none' and turn:
                 adv = g_loss(judge(heads, seen, eps[:, S + 2], schedule.between(u[:, 1], 0, 999), y))
                 d_adv, = torch.autograd.grad(adv, leaf)                                                 # dAdv/dz
-                note(**{'gan/g': adv, 'grad/gan': m.sample_norm(d_adv) * args.gan_weight})
+                note('gan/g', adv), note('grad/gan', m.sample_norm(d_adv) * args.gan_weight)
 
             # 4. L = L_DM + gan_weight L_adv, through the one or two student forwards
             if turn and args.gan != 'none':
@@ -292,7 +316,7 @@ for it in range(start, args.iters + 1):
 
     if turn:
         size = m.update(opts['student'], student)
-        note(**{'norm/student': size or 0.})
+        note('norm/student', size or 0.)
         if size is not None:
             m.couple(fake, student, args.couple)
 
@@ -301,7 +325,7 @@ for it in range(start, args.iters + 1):
         final = part.stop == len(mine)
         with sync('fake', final), sync('heads', final):
             loss = m.diffusion_loss(base, wrapped['fake'], x0, eps[:, S + 3], schedule.between(u[:, 2], 0, 999), y)
-            note(fake=loss)
+            note('fake', loss)
             if args.gan != 'none':
                 both = torch.cat([real_view(rows['pixels'][part].to(device), it), seen])
                 t_d = schedule.between(u[:, 3], 0, 999).repeat(2)
@@ -309,40 +333,21 @@ for it in range(start, args.iters + 1):
                                    [torch.cat([a, a]) for a in y]).chunk(2)
                 d = d_loss(real, made)
                 loss = loss + critic_weight * d
-                note(**{'gan/d': d, 'gan/real': real.mean(), 'gan/made': made.mean()})
+                note('gan/d', d), note('gan/real', real.mean()), note('gan/made', made.mean())
             (loss / accumulate).backward()
     sizes = ([size] if turn else []) + [m.update(opts[name], nets[name]) for name in nets if name != 'student']
-    dropped = dropped + 1 if None in sizes else 0                                          # iterations in a row
-    total_dropped += None in sizes
-    if dropped == 10:
+    in_a_row = in_a_row + 1 if None in sizes else 0
+    dropped += None in sizes
+    if in_a_row == 10:
         m.die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save in {out} is good: lower the '
               'learning rates or --gan_weight and run again')
 
-    # one line to read, one to plot; the metrics leave the device only here
     if (it + 1) % args.log_every == 0:
-        names = sorted(meter)
-        values = torch.stack([torch.stack(meter[name]).mean() for name in names] + [torch.tensor(float(skipped), device=device)])
-        if world > 1:
-            dist.all_reduce(values)
-            values /= world
-        now = time.time()
-        row = dict(iteration=it + 1) | dict(zip(names, values.tolist())) | dict(
-            seconds=(now - clock) / args.log_every, dropped=total_dropped, skipped=round(values[-1].item() * world),
-            memory=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0.)
-        meter, clock = {}, now
-        if master:
-            show = lambda k, text: f'{text} {row[k]:.4f}  ' if k in row else ''
-            dm = ' '.join(f'{row[k]:.4f}@{k[3:]}' for k in names if k.startswith('dm/'))
-            print(f'{it + 1:5d}/{args.iters}  dm {dm}  {show("fake", "fake")}{show("gan/g", "g")}{show("gan/d", "d")}'
-                  f'{show("grad/dm", "|dDM|")}{show("grad/gan", "|dGAN|")}{row["seconds"]:.2f} s/it', flush=True)
-            with log.open('a') as file:
-                file.write(json.dumps(row) + '\n')
-            if args.wandb:
-                wandb.log(row, step=it + 1)
+        report(it + 1)
 
 if master:
     m.curves(log, out / 'curves.png')
     print(f'done: {out / "student"} after {args.iters} iterations, {(time.time() - began) / 60:.1f} minutes, '
-          f'{total_dropped} updates dropped, {skipped} pictures skipped; python sample.py --ckpt {out}')
+          f'{dropped} iterations with a dropped update, {skipped} pictures skipped; python sample.py --ckpt {out}')
 if world > 1:
     dist.destroy_process_group()

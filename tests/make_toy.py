@@ -549,10 +549,10 @@ def make_teacher():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def make_student():
-    run = WORK / 'student'
-    subprocess.run([sys.executable, ROOT / 'train_stage1.py', '--recipe', 'toy', '--model', OUT / 'sdxl',
-                    '--out', run, '--save_dtype', 'float16'], check=True, cwd=ROOT)
-    finish(lambda folder: shutil.copytree(run / 'student', folder), 'student')
+    here = lambda name: os.path.relpath(OUT / name, ROOT)                # relative, since student.json keeps the teacher's
+    subprocess.run([sys.executable, 'train_stage1.py', '--recipe', 'toy', '--model', here('sdxl'), '--sam', here('sam.pth'),
+                    '--data', here('data'), '--prompts', here('data/prompts.txt'), '--out', WORK / 'student'], check=True, cwd=ROOT)
+    finish(lambda folder: shutil.copytree(WORK / 'student/student', folder), 'student')
 
 
 if __name__ == '__main__':
