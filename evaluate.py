@@ -31,7 +31,7 @@ RECIPES = {
     'sdxl': dict(prompts='assets/prompts.txt', clip='openai/clip-vit-large-patch14', real='jackyhate/text-to-image-2M',
                  real_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', cfg=7.),
     'toy': dict(prompts='assets/toy/data/prompts.txt', clip='assets/toy/clip', real='assets/toy/data',
-                real_files='test.parquet', image_column='image', text_column='text', cfg=4.),
+                real_files='test.parquet', image_column='image', text_column='text', cfg=3.),
 }
 
 p = m.parser(__doc__)

@@ -38,10 +38,13 @@ RECIPES = {
         data_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', prompts='assets/prompts.txt',
         batch=64, micro=1, iters=1000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50, cfg=8., gan_weight=1e-2,
         checkpointing=True, save_every=250, sample_every=250, log_every=1),
+    # tuned on seed 0, R-precision on 256 prompts / CMMD after 250 iterations (untrained 63.7 % / .194): student, fake lr
+    # 5e-5, 2e-4, CFG 4: 82.8 / .086; CFG 2.5: 81.2 / .069; 1e-4, 4e-4, CFG 3: 83.6 / .084; 1e-4, 3e-4, no GAN: 76.6 / .117;
+    # real pictures sent through the VAE first, so that the heads cannot tell by its blur: 80.9 / .094, no gain
     'toy': dict(
         model='assets/toy/sdxl', sam='assets/toy/sam.pth', data='assets/toy/data', data_files='train.parquet',
         image_column='image', text_column='text', prompts='assets/toy/data/prompts.txt',
-        batch=16, micro=16, iters=300, student_lr=2e-5, fake_lr=1e-4, heads_lr=2e-4, warmup=30, cfg=4., gan_weight=1e-2,
+        batch=16, micro=16, iters=400, student_lr=5e-5, fake_lr=2e-4, heads_lr=2e-4, warmup=30, cfg=3., gan_weight=.1,
         checkpointing=False, save_every=100, sample_every=100, log_every=10),
 }
 
@@ -164,8 +167,9 @@ teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg) if m
 
 log = out / 'log.jsonl'
 if master:
-    old = [x for x in log.read_text().splitlines() if json.loads(x)['iteration'] <= start] if start else []
-    log.write_text(''.join(x + '\n' for x in old))                         # a killed run logs beyond its last save
+    # a killed run logs beyond its last save, and perhaps half a line
+    old = [x for x in log.read_text().splitlines() if x.endswith('}')] if start and log.exists() else []
+    log.write_text(''.join(x + '\n' for x in old if json.loads(x)['iteration'] <= start))
     (out / 'args.json').write_text(json.dumps(vars(args), indent=1))
     if args.wandb:
         import wandb
