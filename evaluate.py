@@ -4,7 +4,8 @@ Scores a student beside its teacher, or a folder of pictures: CLIP score, CLIP R
     python evaluate.py                                                  # the newest student and its teacher
     python evaluate.py --ckpt out/stage1 --prompts coco10k.txt --n 10000
     python evaluate.py --images FOLDER                                  # pictures in name order, one per prompt
-    torchrun --nproc_per_node=8 evaluate.py                             # the same numbers, prompts split over ranks
+    torchrun --nproc_per_node=8 -- evaluate.py --n 10000                # the same numbers, prompts split over ranks (the
+                                                                        # -- because torchrun has a --n... of its own)
 
 CLIP score          100 x cosine of picture and prompt
 R-precision         share of pictures whose own prompt ranks first among 32: itself, the line of FILE.hard.txt beside the

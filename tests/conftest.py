@@ -17,7 +17,10 @@ ENV = os.environ | dict(CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', HF_DATASETS
 
 def start(*command, cwd=ROOT, ranks=0, timeout=900, env=()):
     """Runs a script of the repository as a user would; returns the finished process with its output as text."""
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
+    launch = [sys.executable]
+    if ranks:
+        launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
+        launch += ['--'] if '--n' in command else []       # torchrun takes a script's --n for a prefix of its own --nnodes
     return subprocess.run([*launch, *map(str, command)], cwd=cwd, env=ENV | dict(env), text=True, capture_output=True,
                           timeout=timeout)
 

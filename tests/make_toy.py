@@ -3,7 +3,7 @@ Builds assets/toy/: a miniature of every pretrained file that the scripts load, 
 
     python tests/make_toy.py                      # everything, about 3 hours on 2 CPU cores, minutes on a GPU
     python tests/make_toy.py --only vae teacher   # some components, in the order below
-    python tests/make_toy.py --only clip --iters 50 --out /tmp/toy    # a quick look at one
+    python tests/make_toy.py --only clip --iters 50 --out out/toy      # a quick look at one
 
 Run the same command again after a kill: finished components are skipped, a half-trained one goes on from its last
 checkpoint in --work. Components:
@@ -512,6 +512,7 @@ def make_teacher():
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     vae = AutoencoderKL.from_pretrained(WORK / 'vae').float().to(DEVICE)
+    vae.register_to_config(_name_or_path='')                                              # a path of this machine otherwise
     scenes, images = pool()
     file = WORK / 'latents.pt'
     if not file.exists():
