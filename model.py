@@ -661,11 +661,11 @@ def save_student(folder, base, student, steps, dtype, facts):
     """Saves the student as a pipeline folder that diffusers alone can use: LCMScheduler set to the student's own steps,
     all weights as dtype, and student.json with facts (its base model, iteration, prompts)."""
     from diffusers import LCMScheduler
-    n, train = len(steps), base.pipe.scheduler.config.num_train_timesteps
-    # with original_inference_steps = n LCMScheduler's own default is exactly train / n * k - 1, the student's steps
+    # with original_inference_steps = n LCMScheduler's own default is exactly 1000 / n * k - 1, the student's steps
+    n = len(steps)
     scheduler = LCMScheduler.from_config(base.pipe.scheduler.config, original_inference_steps=n)
     scheduler.set_timesteps(n)
-    assert scheduler.timesteps.tolist() == steps.long().tolist(), f'{scheduler.timesteps} is not {steps} of {train}'
+    assert scheduler.timesteps.tolist() == steps.long().tolist(), f'{scheduler.timesteps} are not the steps {steps}'
     live = dict(base.pipe.components, unet=student, scheduler=scheduler)
     parts = {k: on_cpu(v, dtype) if isinstance(v, nn.Module) else v for k, v in live.items()}
     pipe = type(base.pipe)(**parts, **{k: v for k, v in base.pipe.config.items() if k == 'force_zeros_for_empty_prompt'})
@@ -677,7 +677,7 @@ def save_student(folder, base, student, steps, dtype, facts):
 def find_student(ckpt):
     """The pipeline folder of a student and its facts (student.json): `ckpt` is a run's folder or the pipeline folder;
     empty means the newest of out/stage2 and out/stage1, else the shipped one."""
-    shipped = Path(__file__).parent / 'assets/toy/student'
+    shipped = Path(os.path.relpath(Path(__file__).parent / 'assets/toy/student'))
     if ckpt:
         places = [Path(ckpt) / 'student', Path(ckpt)]
     else:
