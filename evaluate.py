@@ -36,8 +36,10 @@ RECIPES = {
 }
 
 p = m.parser(__doc__)
-p.add_argument('--ckpt', default='', help='run folder or student pipeline; empty: newest of out/stage2, out/stage1, else the shipped one')
-p.add_argument('--teacher', action=argparse.BooleanOptionalAction, default=False, help='score the base model (alone, or beside --ckpt)')
+p.add_argument('--ckpt', default='', help='run folder or student pipeline; empty: newest of out/stage2, out/stage1, else '
+               'the shipped one')
+p.add_argument('--teacher', action=argparse.BooleanOptionalAction, default=False,
+               help='score the base model (alone, or beside --ckpt)')
 p.add_argument('--images', default='', help='score this folder of pictures instead')
 p.add_argument('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's own")
 p.add_argument('--prompts', help='text file, one prompt per line')
@@ -182,9 +184,9 @@ for label, pictures_of in rows.items():
         vectors = {i: v for share in shares for i, v in share.items()}
     x = torch.stack([vectors[i] for i in range(n)])                                                     # (n, D)
     own = [(x[i] @ text_vectors[place[prompts[i]]]).item() for i in range(n)]
-    first = [int((x[i] @ text_vectors[[place[t] for t in choices[i]]].T).argmax() == 0) for i in range(n)]
-    table[label] = dict(clip_score=100 * float(np.mean(own)), r_precision=float(np.mean(first)), cmmd=cmmd(x, real), n=n,
-                        per_picture=dict(clip_score=own, first=first))
+    won = [int((x[i] @ text_vectors[[place[t] for t in choices[i]]].T).argmax() == 0) for i in range(n)]
+    table[label] = dict(clip_score=100 * float(np.mean(own)), r_precision=float(np.mean(won)), cmmd=cmmd(x, real), n=n,
+                        per_picture=dict(clip_score=own, won=won))
 
 if rank == 0:
     print('| | CLIP score | R-precision | CMMD | pictures |\n|---|---|---|---|---|')

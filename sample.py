@@ -17,8 +17,10 @@ import torch
 import model as m
 
 p = m.parser(__doc__)
-p.add_argument('--ckpt', default='', help='run folder or student pipeline; empty: newest of out/stage2, out/stage1, else the shipped one')
-p.add_argument('--teacher', action=argparse.BooleanOptionalAction, default=False, help="draw with the student's base model instead")
+p.add_argument('--ckpt', default='', help='run folder or student pipeline; empty: newest of out/stage2, out/stage1, else '
+               'the shipped one')
+p.add_argument('--teacher', action=argparse.BooleanOptionalAction, default=False,
+               help="draw with the student's base model instead")
 p.add_argument('--steps', type=int, default=4, help='sampling steps')
 p.add_argument('--cfg', type=float, default=7., help='guidance of the teacher; a student needs none')
 p.add_argument('--prompt', default='', help="one prompt for all pictures; empty: --prompts")
