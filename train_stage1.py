@@ -8,7 +8,7 @@ Flash-DMD, stage 1: a many-step teacher becomes a few-step student. Per iteratio
 
     python train_stage1.py                                  # CUDA: SDXL; else: the toy, 5 minutes on a laptop
     torchrun --nproc_per_node=8 train_stage1.py             # 8 GPUs, the same result
-    python train_stage1.py --gan latent --no-split --ttur 5 --couple 1     # DMD2, for comparison
+    python train_stage1.py --gan latent --no-split --ttur 5 --couple 1 --out out/dmd2      # DMD2, for comparison
 
 Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers pipeline), log.jsonl,
 samples-*.png, curves.png.
