@@ -40,10 +40,11 @@ RECIPES = {
         batch=64, micro=1, iters=1000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50, cooldown=0, cfg=8.,
         gan_weight=1e-2, checkpointing=True, save_every=250, sample_every=250, log_every=1),
     # tuned on seed 0 by `python evaluate.py`, R-precision / CMMD; the teacher has 87.5 % / .096, its weights as a student
-    # untrained 63.7 % / .194. Student and fake lr 1e-4, 4e-4, CFG 3, 300 iterations with cool-down, this column: 83.6 / .087;
-    # 250 without: 83.6 / .084; 5e-5, 2e-4, 250: 82.8 / .086 with CFG 4, 81.2 / .069 with 2.5; the same, CFG 3, 400: 78.5 / .082,
-    # it had begun to drift; no GAN, 1e-4, 3e-4, 250: 76.6 / .117; real pictures sent through the VAE first, so that the heads
-    # cannot go by its blur: 80.9 / .094, no gain. gan_weight .1 makes |dGAN| .5 to 1 of |dDM|, .01 made it .04
+    # untrained 63.7 % / .194. Student and fake lr 1e-4, 4e-4, CFG 3, 300 iterations with cool-down (these): 83.6 / .087;
+    # 250 without: 83.6 / .084. 5e-5, 2e-4, no cool-down: 82.8 / .086 with CFG 4 and 81.2 / .069 with CFG 2.5 at 250,
+    # 78.5 / .082 with CFG 3 at 400, it had begun to drift. No GAN, 1e-4, 3e-4, 250: 76.6 / .117. Real pictures sent
+    # through the VAE, so that the heads cannot go by its blur (real_view as decode(latents(pixels)), not kept):
+    # 80.9 / .094 against 82.8 / .086. gan_weight .1 makes |dGAN| .5 to 1 of |dDM|, .01 made it .04
     'toy': dict(
         model='assets/toy/sdxl', sam='assets/toy/sam.pth', data='assets/toy/data', data_files='train.parquet',
         image_column='image', text_column='text', prompts='assets/toy/data/prompts.txt',

@@ -18,7 +18,6 @@ checkpoint in --work. Components:
 
 import argparse
 import itertools
-import math
 import os
 import shutil
 import subprocess

@@ -5,7 +5,6 @@ segment_anything's own encoder.    pytest tests/test_math.py
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn

@@ -3,9 +3,7 @@ The real scripts as subprocesses, on the CPU: ranks, micro-batches, resume, expo
 pytest tests/test_scripts.py
 """
 
-import io
 import json
-import pickle
 import shutil
 import signal
 import subprocess
