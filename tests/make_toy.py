@@ -14,6 +14,8 @@ checkpoint in --work. Components:
     clip     transformers CLIPModel, contrastive with hard negatives; the judge of evaluate.py
     teacher  StableDiffusionXLPipeline: two text encoders and an SDXL UNet, trained together on eps
     student  what `python train_stage1.py --recipe toy` makes of the teacher
+    pickscore  the CLIP, trained on preference pairs: PickScore's format
+    lrm      latent reward model in LPO's layout, trained on the same kind of pairs at every noise level
 """
 
 import argparse
@@ -27,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student']
+COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures: one or two shaded objects with a drop shadow on a lit, grainy background
@@ -66,9 +68,9 @@ def caption(scene):
     return f' {scene["relation"]} '.join(names) + f' on {scene["background"]}'
 
 
-def neighbours(scene):
-    """Every caption that differs from this scene's in exactly one attribute (texture, colour, shape, relation,
-    background) and is still a caption of the grammar."""
+def variants(scene):
+    """Every scene that differs from this one in exactly one attribute (texture, colour, shape, relation, background) and
+    still has a caption in the grammar."""
     out = []
     for k, o in enumerate(scene['objects']):
         for slot, values in enumerate([TEXTURES, list(COLOURS), SHAPES]):
@@ -81,7 +83,12 @@ def neighbours(scene):
     out += [dict(scene, background=c) for c in COLOURS if c not in taken]
     if scene['relation']:
         out.append(dict(scene, relation=RELATIONS[1 - RELATIONS.index(scene['relation'])]))
-    return [caption(s) for s in out]
+    return out
+
+
+def neighbours(scene):
+    """The captions of the scene's variants."""
+    return [caption(s) for s in variants(scene)]
 
 
 def distance(shape, x, y):
@@ -116,15 +123,16 @@ def pattern(texture, x, y, period, angle):
     return 1 / (1 + np.exp(-4 * wave))
 
 
-def render(scene, rng):
-    """(64, 64, 3) float32 in [0, 1] and the objects' masks (n, 64, 64) bool."""
+def render(scene, rng, size=1., light_gain=1., texture_gain=1.):
+    """(64, 64, 3) float32 in [0, 1] and the objects' masks (n, 64, 64) bool. The gains scale the objects' radius, the
+    brightness, and the contrast of the textures."""
     light = rng.uniform(0, 2 * np.pi)
     lx, ly = np.cos(light), np.sin(light)
     gradient = 1 + .14 * ((XX - 32) * lx + (YY - 32) * ly) / 32
     img = np.array(COLOURS[scene['background']], np.float32) * .9 * gradient[..., None] + .03
     masks, n = [], len(scene['objects'])
     for k, (texture, colour, shape) in enumerate(scene['objects']):
-        radius = rng.uniform(16, 22) if n == 1 else rng.uniform(11.5, 14)
+        radius = size * (rng.uniform(16, 22) if n == 1 else rng.uniform(11.5, 14))
         side = 0 if n == 1 else (2 * k - 1) * rng.uniform(14.5, 16.5)
         cx, cy = 32 + rng.uniform(-1, 1) * (7 if n == 1 else 1.5), 32 + rng.uniform(-1, 1) * (7 if n == 1 else 4)
         if scene['relation'] == 'left of':
@@ -143,13 +151,14 @@ def render(scene, rng):
         d = sdf(0, 0)
         base = np.array(COLOURS[colour], np.float32)
         second = base + (1 - base) * .50 if base.mean() < .35 else base * .42
-        tone = pattern(texture, XX - cx, YY - cy, rng.uniform(8, 10), turn + rng.choice([0, np.pi / 4, np.pi / 2]))
+        tone = texture_gain * pattern(texture, XX - cx, YY - cy, rng.uniform(8, 10),
+                                      turn + rng.choice([0, np.pi / 4, np.pi / 2]))
         shade = 1 + .22 * ((XX - cx) * lx + (YY - cy) * ly) / radius
         body = (base + (second - base) * tone[..., None]) * shade[..., None] + .02
         cover = np.clip(.5 - d, 0, 1)[..., None]
         img = img * (1 - cover) + body * cover
         masks.append(d < 0)
-    img = img + rng.normal(0, .012, img.shape)
+    img = light_gain * img + rng.normal(0, .012, img.shape)
     return np.clip(img, 0, 1).astype(np.float32), np.stack(masks)
 
 
@@ -161,6 +170,66 @@ def pictures(n, seed, unseen=False):
         scenes.append(draw_scene(rng, unseen))
         out[i] = np.rint(render(scenes[-1], rng)[0] * 255)
     return scenes, out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preferences: pairs whose winner is a clean rendering of the caption. The loser has one attribute wrong, an object too few
+# or too many, or is a poor picture; or both are right, and the winner has the larger objects and the brighter light, a
+# mild taste that a student can over-optimise
+
+KINDS = dict(attribute=.35, missing=.08, extra=.08, blur=.08, washed=.08, contrast=.08, noise=.08, taste=.17)
+
+
+def draw_pair(seed, i):
+    """Pair i: (caption, winner, loser, kind of the difference), pictures (64, 64, 3) uint8."""
+    rng = np.random.default_rng([seed, i, 5])
+    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+    scene = draw_scene(rng)
+    fits = {'missing': lambda s: len(s['objects']) == 2, 'extra': lambda s: len(s['objects']) == 1,
+            'washed': lambda s: any(o[0] != 'plain' for o in s['objects'])}.get(kind, lambda s: True)
+    while not fits(scene):
+        scene = draw_scene(rng)
+    other, (near, far) = scene, rng.uniform(-1, 1, 2)                                   # taste of winner and loser
+    if kind == 'attribute':
+        other = (lambda options: options[rng.integers(len(options))])(variants(scene))
+    elif kind == 'missing':
+        other = dict(scene, objects=[scene['objects'][rng.integers(2)]], relation=None)
+    elif kind == 'extra':
+        second = next(o for o in iter(lambda: TRIPLES[rng.integers(len(TRIPLES))], None) if o[1] != scene['background'])
+        other = dict(scene, objects=scene['objects'] + [second], relation=RELATIONS[rng.integers(2)])
+    elif kind == 'taste':
+        near, far = rng.uniform(.2, 1), rng.uniform(-1, -.2)
+
+    def draw(scene, taste, layout, flaw=''):
+        x = render(scene, np.random.default_rng([seed, i, layout]), 1 + .12 * taste, 1 + .12 * taste,
+                   rng.uniform(.1, .3) if flaw == 'washed' else 1.)[0]
+        if flaw == 'contrast':
+            x = x.mean() + rng.uniform(.35, .6) * (x - x.mean())
+        elif flaw == 'noise':
+            x = x + rng.normal(0, rng.uniform(.06, .14), x.shape)
+        x = Image.fromarray(np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8))
+        return np.array(x.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.2))) if flaw == 'blur' else x)
+
+    # half of the losers share the winner's layout
+    return caption(scene), draw(scene, near, 6), draw(other, far, 6 + rng.integers(2), kind), kind
+
+
+def pairs(n, seed):
+    """n pairs, drawn once and kept in WORK: captions, kinds, and (n, 2, 64, 64, 3) uint8, the winner first."""
+    file = WORK / f'pairs_{seed}_{n}.npz'
+    if not file.exists():
+        rows = [draw_pair(seed, i) for i in tqdm(range(n), desc='pairs')]
+        np.savez(file.with_suffix('.tmp.npz'), captions=[r[0] for r in rows], kinds=[r[3] for r in rows],
+                 images=np.stack([np.stack(r[1:3]) for r in rows]))
+        os.replace(file.with_suffix('.tmp.npz'), file)
+    rows = np.load(file)
+    return [str(c) for c in rows['captions']], rows['kinds'], rows['images']
+
+
+def accuracy_by_kind(right, kinds):
+    """One line: the share of pairs decided rightly, over all and by kind."""
+    return f'{right.mean():.3f} over {len(right)} pairs; ' + ', '.join(
+        f'{k} {right[kinds == k].mean():.3f}' for k in KINDS if (kinds == k).any())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +296,12 @@ def finish(build, folder):
     build(temporary)
     shutil.rmtree(OUT / folder, ignore_errors=True)
     os.replace(temporary, OUT / folder)
-    size = sum(f.stat().st_size for f in (OUT / folder).rglob('*') if f.is_file())
+    for file in [f for f in (OUT / folder).rglob('*') if f.is_file() and folder != 'sdxl']:
+        twin = OUT / 'sdxl' / file.relative_to(OUT / folder)                     # the same VAE and text encoders: a link
+        if twin.is_file() and twin.stat().st_size > 100_000 and twin.read_bytes() == file.read_bytes():
+            file.unlink()
+            file.symlink_to(os.path.relpath(twin, file.parent))
+    size = sum(f.stat().st_size for f in (OUT / folder).rglob('*') if f.is_file() and not f.is_symlink())
     print(f'{folder}: {size / 1e6:.1f} MB')
 
 
@@ -236,6 +310,7 @@ def finish(build, folder):
 
 def make_data():
     import datasets
+    import pyarrow.parquet as pq
 
     def parquet(file, n, seed):
         scenes, images = pictures(n, seed)
@@ -243,6 +318,8 @@ def make_data():
                                          'text': [caption(s) for s in scenes]})
         ds = ds.map(lambda row: {'image': {'bytes': jpeg(row['image']), 'path': None}})
         ds.cast_column('image', datasets.Image()).to_parquet(file)
+        # zstd finds the JPEG tables that all pictures repeat: a quarter smaller
+        pq.write_table(pq.read_table(file), file, compression='zstd', compression_level=19, use_dictionary=False)
 
     def jpeg(image):
         import io
@@ -408,6 +485,24 @@ def make_sam():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what CLIP and the preference model share
+
+def normalised(pixels):
+    """[-1, 1] -> CLIP's own mean and deviation."""
+    mean, std = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
+    return (pixels * .5 + .5 - mean.to(DEVICE)[:, None, None]) / std.to(DEVICE)[:, None, None]
+
+
+def clip_pictures(model, pixels):
+    return F.normalize(model.visual_projection(model.vision_model(pixel_values=normalised(pixels)).pooler_output), dim=-1)
+
+
+def clip_texts(model, tokenizer, texts):
+    t = tokenizer(texts, padding=True, truncation=True, return_tensors='pt').to(DEVICE)
+    return F.normalize(model.text_projection(model.text_model(**t).pooler_output), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # CLIP, the judge: contrastive, with captions that differ in one attribute as hard negatives
 
 def make_clip():
@@ -421,17 +516,9 @@ def make_clip():
                   image_size=SIZE, patch_size=8, projection_dim=128)
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
     scenes, images = pool()
-    mean, std = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
-
-    def normalised(pixels):
-        return (pixels * .5 + .5 - mean.to(DEVICE)[:, None, None]) / std.to(DEVICE)[:, None, None]
-
-    def look(model, pixels):
-        return F.normalize(model.visual_projection(model.vision_model(pixel_values=normalised(pixels)).pooler_output), dim=-1)
 
     def read(model, texts):
-        t = tokenizer(texts, padding=True, truncation=True, return_tensors='pt').to(DEVICE)
-        return F.normalize(model.text_projection(model.text_model(**t).pooler_output), dim=-1)
+        return clip_texts(model, tokenizer, texts)
 
     def attributes(scene):
         """Class numbers of a scene: background, relation, and texture, colour, shape of both objects (-1: none)."""
@@ -487,7 +574,7 @@ def make_clip():
     with torch.no_grad():
         scenes, images = pictures(512, 2)
         ranks, rng, captions = [], np.random.default_rng(5), [caption(s) for s in scenes]
-        v = look(clip, to_pixels(images))
+        v = clip_pictures(clip, to_pixels(images))
         for k, s in enumerate(scenes):
             own = captions[k]
             near = list(rng.permutation(sorted(set(neighbours(s)) - {own}))[:16])
@@ -502,6 +589,38 @@ def make_clip():
                       tokenizer).save_pretrained(folder)
 
     finish(build, 'clip')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the preference model in PickScore's format: CLIP trained on, with the cross-entropy of the two pictures of a pair
+# (Pick-a-Pic, arXiv 2305.01569)
+
+def make_pickscore():
+    from transformers import AutoProcessor, CLIPModel
+    model = CLIPModel.from_pretrained(OUT / 'clip').float()
+    model.config._name_or_path = ''
+    processor = AutoProcessor.from_pretrained(OUT / 'clip')
+
+    def logits(model, captions, images):
+        """(B,) captions and (B, 2, 64, 64, 3) pictures -> (B, 2)."""
+        v = clip_pictures(model, to_pixels(images.reshape(-1, *images.shape[2:]))).view(len(images), 2, -1)
+        t = clip_texts(model, processor.tokenizer, captions)
+        return model.logit_scale.exp().clamp(max=100) * (v * t[:, None]).sum(-1)
+
+    captions, _, images = pairs(args.pairs, 11)
+
+    def loss(nets, i, g):
+        index = torch.randint(len(captions), (48,), generator=g).tolist()
+        z = logits(nets['model'], [captions[k] for k in index], images[index])
+        return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long, device=DEVICE)), dict(
+            right=(z[:, 0] > z[:, 1]).float().mean())
+
+    model = fit('pickscore', torch.nn.ModuleDict(dict(model=model)), loss, 1200, 5e-4, ema=.998)['model']
+    captions, kinds, images = pairs(1000, 12)
+    with torch.no_grad():
+        z = torch.cat([logits(model, captions[k:k + 100], images[k:k + 100]) for k in range(0, len(captions), 100)]).cpu()
+    print(f'pickscore: held-out accuracy {accuracy_by_kind((z[:, 0] > z[:, 1]).numpy(), kinds)}')
+    finish(lambda folder: (model.half().save_pretrained(folder), processor.save_pretrained(folder)), 'pickscore')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,6 +688,65 @@ def make_teacher():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the latent reward: the teacher's way down, trained on noised pairs as LPO's (arXiv 2502.01051) is
+
+def make_lrm():
+    sys.path.insert(0, str(ROOT))
+    import model as m
+    base = m.Base(OUT / 'sdxl', device=DEVICE)
+    reward = m.LatentReward(base, base.trainable(), base.pipe.text_encoder, base.pipe.text_encoder_2)
+    torch.nn.init.normal_(reward.visual_projection.weight, std=.02)
+
+    def latents(images, name):
+        file = WORK / f'pair_latents_{name}_{len(images)}.pt'
+        if not file.exists():
+            with torch.no_grad():
+                parts = [base.latents(to_pixels(images[k:k + 100].reshape(-1, SIZE, SIZE, 3))).cpu()
+                         for k in tqdm(range(0, len(images), 100), desc='latents')]
+            torch.save(torch.cat(parts).view(-1, 2, *base.latent_shape), file)
+        return torch.load(file, weights_only=True)
+
+    def logits(reward, captions, z, t, g):
+        """B captions, their pairs' latents (B, 2, C, h, w) and one noise level for each pair, (B,) -> scores (B, 2)."""
+        z, t = z.flatten(0, 1).to(DEVICE), t.repeat_interleave(2).to(DEVICE)
+        z_t = base.schedule.noised(z, torch.randn(z.shape, generator=g).to(DEVICE), t)
+        with torch.no_grad():
+            y = reward.encode([c for c in captions for _ in range(2)])
+        return reward(z_t, t, y).view(-1, 2)
+
+    captions, _, images = pairs(args.pairs, 11)
+    z = latents(images, 'train')
+    nets = torch.nn.ModuleDict(dict(unet=reward.unet, visual_projection=reward.visual_projection))
+    nets.register_parameter('logit_scale', reward.logit_scale)
+
+    def loss(nets, i, g):
+        index = torch.randint(len(captions), (32,), generator=g)
+        t = 1 + 50 * torch.randint(20, (32,), generator=g)
+        two = logits(reward, [captions[k] for k in index], z[index], t, g)
+        return F.cross_entropy(two, torch.zeros(len(two), dtype=torch.long, device=DEVICE)), dict(
+            right=(two[:, 0] > two[:, 1]).float().mean())
+
+    fit('lrm', nets, loss, 3000, 5e-4, ema=.998)
+    captions, kinds, images = pairs(1000, 12)
+    z = latents(images, 'test')
+    for t in (1, 249, 499, 749, 951):
+        g = torch.Generator().manual_seed(t)
+        with torch.no_grad():
+            two = torch.cat([logits(reward, captions[k:k + 100], z[k:k + 100], torch.full((100,), t), g)
+                             for k in range(0, len(captions), 100)]).cpu()
+        print(f'lrm: held-out accuracy at t = {t}: {accuracy_by_kind((two[:, 0] > two[:, 1]).numpy(), kinds)}')
+
+    def build(folder):
+        reward.unet.half().save_pretrained(folder / 'unet')
+        for name in ('text_encoder', 'text_encoder_2'):
+            getattr(reward, name).half().save_pretrained(folder / name)
+        torch.save(dict(visual_projection={'weight': reward.visual_projection.weight.detach().half()},
+                        logit_scale=reward.logit_scale.detach()), folder / 'state_dict.pt')
+
+    finish(build, 'lrm')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def make_student():
     here = lambda name: os.path.relpath(OUT / name, ROOT)                # relative, since student.json keeps the teacher's
@@ -585,6 +763,7 @@ if __name__ == '__main__':
     p.add_argument('--work', type=Path, default=ROOT / 'out/make_toy', help='folder for pictures and checkpoints')
     p.add_argument('--iters', type=int, default=0, help='training iterations of every component; 0: its own number')
     p.add_argument('--pictures', type=int, default=40_000, help='training pictures of vae, clip and teacher')
+    p.add_argument('--pairs', type=int, default=16_000, help='preference pairs for pickscore and lrm')
     p.add_argument('--seed', type=int, default=0, help='seed of everything')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device')
     args = p.parse_args()
