@@ -20,13 +20,18 @@ import pickle
 import shutil
 import sys
 import textwrap
+import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +360,12 @@ def sample_norm(gradient):
     return gradient.flatten(1).norm(dim=1).mean() * len(gradient)
 
 
+def log_ratio(z, x0, ref, alpha, sigma):
+    """log p(z) - log p_ref(z) of the few-step sampler's transitions N(alpha x0, sigma^2) and N(alpha ref, sigma^2), the mean
+    over dimensions: (B, C, h, w) -> (B,). As a product, since the two squares differ in their last digits only."""
+    return ((alpha * (x0 - ref)) * (z - alpha * (x0 + ref) / 2) / sigma ** 2).mean((1, 2, 3))
+
+
 def diffusion_loss(base, net, x0, eps, t, y):
     """The fake score's loss (Flash-DMD eq. 6): plain mse on the network's native target at (x0, eps, t)."""
     out = base.predict(net, base.schedule.noised(x0, eps, t), t, y)
@@ -491,23 +502,99 @@ class _Stop(Exception):
     pass
 
 
-def bottleneck(base, net, xt, t, y):
-    """The mid block's output (B, C, h, w) of a UNet at (xt, t, y); the up path is not computed. net must be the bare
-    module, not its DDP wrapper."""
-    caught = []
+def encoder_features(base, net, xt, t, y):
+    """A UNet's way down at (xt, t, y): the output of each down stage before its downsampler and that of the mid block, a
+    list of (B, C, h, w) float32. The up path is not computed. net must be the bare module, not its DDP wrapper."""
+    stages = []
 
-    def stop(module, inputs, output):
-        caught.append(output)
+    def stage(block, inputs, output):                # (result, one residual for each resnet and for the downsampler)
+        stages.append(output[1][len(block.resnets) - 1])
+
+    def stop(block, inputs, output):
+        stages.append(output)
         raise _Stop
 
-    hook = net.mid_block.register_forward_hook(stop)
-    try:
+    hooks = [block.register_forward_hook(stage) for block in net.down_blocks] + [net.mid_block.register_forward_hook(stop)]
+    with contextlib.suppress(_Stop), contextlib.ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.remove)
         base.predict(net, xt, t, y)
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-    return caught[0].float()
+    return [x.float() for x in stages]
+
+
+def bottleneck(base, net, xt, t, y):
+    """The mid block's output (B, C, h, w) float32: what DMD2's latent discriminator looks at."""
+    return encoder_features(base, net, xt, t, y)[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the latent reward
+
+
+class LatentReward(nn.Module):
+    """LPO's latent reward model for SDXL (LRM-XL, arXiv 2502.01051): how much noisy latents please under their prompt,
+
+        score = exp(logit_scale) cos(W v, e)
+
+    e: the pooled projection of the second text encoder; v: the averaged outputs of a UNet's down stages and mid block at
+    (z_t, t), the mid one guided with weight 7.5 against the encoded empty prompt. It has text encoders of its own and uses
+    the base model's tokenizers, latents and schedule. forward: z (B, C, h, w), t (B,), y = encode(prompts) -> (B,) fp32.
+    """
+
+    def __init__(self, base, unet, text_encoder, text_encoder_2):
+        super().__init__()
+        self.pipe = type(base.pipe)(**dict(base.pipe.components, unet=unet, text_encoder=text_encoder,
+                                           text_encoder_2=text_encoder_2))
+        self.base, self.unet, self.text_encoder, self.text_encoder_2 = base, unet, text_encoder, text_encoder_2
+        unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, None
+        channels, dim = unet.config.block_out_channels, text_encoder_2.config.projection_dim
+        self.visual_projection = nn.Linear(sum(channels) + channels[-1], dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))                                             # log(1 / .07)
+
+    def encode(self, prompts):
+        """List of B strings -> (embeddings (2 B, L, D), pooled (2 B, P)), the second half those of the empty prompt."""
+        y = self.pipe.encode_prompt([*prompts, ''], device=self.base.device, do_classifier_free_guidance=False)[::2]
+        return [torch.cat([v[:-1], v[-1:].expand_as(v[:-1])]) for v in y]
+
+    def forward(self, z, t, y):
+        *stages, mid = [f.mean((2, 3)) for f in encoder_features(self.base, self.unet, z.repeat(2, 1, 1, 1), t.repeat(2), y)]
+        cond, uncond = mid.chunk(2)
+        v = torch.cat([f.chunk(2)[0] for f in stages] + [uncond + 7.5 * (cond - uncond)], 1)              # (B, sum C)
+        e = y[1].chunk(2)[0].float()                                                                             # (B, P)
+        return self.logit_scale.float().exp() * F.cosine_similarity(F.linear(v, self.visual_projection.weight.float()), e)
+
+
+def load_latent_reward(name, base, flag='--lrm'):
+    """LatentReward from a folder in the layout of casiatao/LRM's SDXL model (unet/, text_encoder/, text_encoder_2/,
+    state_dict.pt) or hub_id/subfolder, frozen; one sentence where it is missing, damaged, or of another base model."""
+    import transformers
+    from diffusers import UNet2DConditionModel
+    quiet()
+    way_out = (f'give {flag} a folder with unet/, text_encoder/, text_encoder_2/ and state_dict.pt; for a base model that has none, '
+               'train one as tests/make_toy.py does, or go on with train_stage1.py')
+    folder = Path(name)
+    try:
+        if not folder.exists():
+            import huggingface_hub
+            if str(name).count('/') < 1 or str(name)[0] in './~':
+                die(f'{flag} {name} does not exist; {way_out}')
+            repo, inside = '/'.join(str(name).split('/')[:2]), '/'.join(str(name).split('/')[2:])
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=f'{inside}/*' if inside else None)) / inside
+        dtype = base.teacher.dtype
+        unet, info = UNet2DConditionModel.from_pretrained(folder / 'unet', dtype=dtype, output_loading_info=True)
+        needed = [k for k in info['missing_keys'] if not k.startswith(('up_blocks.', 'conv_norm_out.', 'conv_out.'))]
+        if needed or unet.config.in_channels != base.latent_shape[0]:
+            die(f'{flag} {name}: its unet ' + (f'lacks {needed[0]} and {len(needed) - 1} more' if needed else
+                f'reads {unet.config.in_channels} latent channels, --model {base.name} has {base.latent_shape[0]}'))
+        texts = [getattr(transformers, k).from_pretrained(folder / sub, dtype=dtype) for k, sub in [
+            ('CLIPTextModel', 'text_encoder'), ('CLIPTextModelWithProjection', 'text_encoder_2')]]
+        state = torch.load(folder / 'state_dict.pt', map_location='cpu', weights_only=True)
+        reward = LatentReward(base, unet, *texts)
+        reward.visual_projection.load_state_dict(state['visual_projection'])
+        reward.logit_scale.data = torch.as_tensor(state['logit_scale']).float()
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        die(f'{flag} {name} could not be loaded or downloaded; {way_out} ({" ".join(str(error).split())[:200]})')
+    return reward.to(base.device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,21 +640,33 @@ class Pictures(torch.utils.data.Dataset):
             die(f'--image_column {image_column} of {flag} {source} does not hold pictures')
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False)).select_columns(
             [image_column, text_column.split('.')[0]])
+        self.texts = self.rows.select_columns([text_column.split('.')[0]])
         self.image_column, self.text_path, self.size, self.seed = image_column, text_column.split('.'), size, seed
         self.epoch, self.order = None, None
 
-    def __getitem__(self, position):
+    def _text(self, row):
+        """The caption in a row, None where there is none."""
+        for key in self.text_path:
+            row = row[key] if isinstance(row, dict) else row
+        row = row[0] if isinstance(row, list) and row else row
+        return row if isinstance(row, str) else None
+
+    def captions(self, positions):
+        """The captions of the pictures at these positions of the stream, '' for none; no picture is read."""
+        return [self._text(self.texts[k]) or '' for k in map(self._place, positions)]
+
+    def _place(self, position):
         epoch, place = divmod(position, len(self.rows))
         if epoch != self.epoch:
             self.order = torch.randperm(len(self.rows), generator=generator(self.seed, 1, epoch))
             self.epoch = epoch
+        return int(self.order[place])
+
+    def __getitem__(self, position):
         for skipped in range(min(len(self.rows), 1000)):
-            row = self.rows[int(self.order[(place + skipped) % len(self.rows)])]
-            pixels, text = self._pixels(row[self.image_column]), row
-            for key in self.text_path:
-                text = text[key] if isinstance(text, dict) else text
-            text = text[0] if isinstance(text, list) and text else text
-            if pixels is not None and isinstance(text, str):
+            row = self.rows[self._place(position + skipped)]
+            pixels, text = self._pixels(row[self.image_column]), self._text(row)
+            if pixels is not None and text is not None:
                 return dict(pixels=pixels, text=text, skipped=skipped)
         raise RuntimeError(f'data: {skipped + 1} rows in a row without a readable picture of {self.size // 2} px and a caption')
 
@@ -581,15 +680,334 @@ class Pictures(torch.utils.data.Dataset):
             return None
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
-    def batches(self, batch, rank, world, start, stop, workers):
-        """A DataLoader of this rank's share of the batches start..stop - 1; decoding runs in worker processes."""
+    def batches(self, batch, rank, world, its, workers):
+        """A DataLoader of this rank's share of the batches of iterations `its`; decoding runs in worker processes."""
         mine = range(rank * batch // world, (rank + 1) * batch // world)
         # fork, since a spawned worker would run the training script again from its first line; on a Mac, where forking
         # is not safe, the pictures are decoded in the main process
         workers = 0 if sys.platform == 'darwin' else workers
         return torch.utils.data.DataLoader(
-            self, batch_size=len(mine), sampler=[it * batch + i for it in range(start, stop) for i in mine],
+            self, batch_size=len(mine), sampler=[it * batch + i for it in its for i in mine],
             num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=torch.cuda.is_available())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a training run: what both stages do around and in an iteration
+
+
+def training_flags(p, model_help):
+    """Adds the flags of the distillation, which both stages have; their defaults are the recipe's."""
+    yes_no = argparse.BooleanOptionalAction
+    # what to distil, from what
+    p.add_argument('--model', help=model_help)
+    p.add_argument('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
+    p.add_argument('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
+    p.add_argument('--data_files', help='which files of --data, a pattern; empty: all')
+    p.add_argument('--image_column', help='column of the pictures')
+    p.add_argument('--text_column', help='column of the captions; a dot reaches into a nested one')
+    p.add_argument('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
+    p.add_argument('--workers', type=int, default=2, help='data decoding processes per rank; 0: the main process')
+    # method
+    p.add_argument('--steps', type=int, default=4, help="the student's sampling steps")
+    p.add_argument('--cfg', type=float, help="guidance of the teacher's score, uncond + w (cond - uncond)")
+    p.add_argument('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
+                   help="pixel: SAM on decoded pictures; latent: DMD2's, on the fake score's bottleneck")
+    p.add_argument('--gan_weight', type=float, help="weight of the generator's adversarial loss")
+    p.add_argument('--gan_crop', type=int, default=0, help='pixels a side of the random crop that is decoded for the GAN; 0: all')
+    p.add_argument('--split', action=yes_no, default=True,
+                   help='DM loss at high noise and GAN at low noise only; no: both at every step')
+    p.add_argument('--ttur', type=int, default=1, help='iterations of fake score and discriminator per student update')
+    p.add_argument('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) student; 1: off')
+    # optimisation
+    p.add_argument('--iters', type=int, help='iterations')
+    p.add_argument('--batch', type=int, help='prompts per iteration, over all ranks')
+    p.add_argument('--micro', type=int, help='prompts per forward on one rank; gradients accumulate')
+    p.add_argument('--student_lr', type=float, help='AdamW learning rate of the student')
+    p.add_argument('--fake_lr', type=float, help='AdamW learning rate of the fake score')
+    p.add_argument('--heads_lr', type=float, help='AdamW learning rate of the discriminator heads')
+    p.add_argument('--warmup', type=int, help='iterations of linear learning-rate warm-up')
+    p.add_argument('--cooldown', type=int, help='last iterations, over which the learning rates fall linearly to 0')
+    p.add_argument('--checkpointing', action=yes_no, help='gradient checkpointing in all networks')
+    p.add_argument('--seed', type=int, default=0, help='seed of the run')
+    # output
+    p.add_argument('--save_every', type=int, help='iterations between saves')
+    p.add_argument('--save_dtype', choices=['float16', 'bfloat16', 'float32'], default='float16', help="of student/'s weights")
+    p.add_argument('--sample_every', type=int, help='iterations between sample grids; 0: none')
+    p.add_argument('--log_every', type=int, help='iterations between log lines')
+    p.add_argument('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
+
+
+class Run:
+    """One process of a run: its ranks and device, the output folder and the log. args are the script's flags."""
+
+    def __init__(self, args):
+        self.args, self.began = args, time.time()
+        self.rank, local, self.world = (int(os.environ.get(k, d)) for k, d in [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)])
+        self.cuda, self.master = torch.cuda.is_available(), self.rank == 0
+        self.device = torch.device('cuda', local) if self.cuda else torch.device('cpu')
+        at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, sample_every=0, warmup=0,
+                 cooldown=0, workers=0, seed=0, gan_crop=0, couple=0)
+        if args.couple > 1:
+            die(f'--couple {args.couple} must be at most 1')
+        unit = self.world * args.micro
+        if args.batch % unit:
+            die(f'--batch {args.batch} is not a multiple of {self.world} ranks x --micro {args.micro}; '
+                f'change --batch to {max(1, args.batch // unit) * unit} or lower --micro')
+        self.out = writable_folder(args.out, '--out')
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision('high')
+        if self.world > 1:
+            dist.init_process_group('nccl' if self.cuda else 'gloo', timeout=timedelta(hours=1))   # rank 0 saves meanwhile
+        torch.manual_seed(args.seed)                     # the heads' initial weights; all else has streams of its own
+        self.mine = range(self.rank * args.batch // self.world, (self.rank + 1) * args.batch // self.world)
+        self.meter, self.in_a_row, self.dropped, self.skipped = {}, 0, 0, 0
+
+    def print(self, *text):
+        if self.master:
+            print(*text, flush=True)
+
+    def open_log(self, start):
+        """log.jsonl up to iteration `start` (a killed run logs beyond its last save, and perhaps half a line), eval.jsonl
+        before it, args.json."""
+        self.log, self.clock = self.out / 'log.jsonl', time.time()
+        if self.master:
+            for file, until in (self.log, start), (self.out / 'eval.jsonl', start - 1):
+                old = [x for x in file.read_text().splitlines() if x.endswith('}')] if file.exists() else []
+                if old:
+                    file.write_text(''.join(x + '\n' for x in old if json.loads(x)['iteration'] <= until))
+            (self.out / 'args.json').write_text(json.dumps(vars(self.args), indent=1))
+            if self.args.wandb:
+                import wandb
+                wandb.init(project=self.args.wandb, config=vars(self.args))
+
+    def note(self, name, value):
+        """Adds a tensor, which stays on the device, to the mean of `name` in the next log line."""
+        self.meter.setdefault(name, []).append(torch.as_tensor(value, device=self.device, dtype=torch.float32).detach())
+
+    def report(self, it, line):
+        """One line to read, one JSON line to plot; the only place where metrics leave the device.
+
+        line: what to print, {name: label}; a name that ends in / stands for all that begin with it.
+        """
+        names = sorted(self.meter)
+        values = torch.stack([torch.stack(self.meter[k]).mean() for k in names] + [torch.tensor(float(self.skipped), device=self.device)])
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        now = time.time()
+        row = dict(iteration=it) | dict(zip(names, values.tolist())) | dict(
+            seconds=(now - self.clock) / self.args.log_every, dropped=self.dropped, skipped=round(values[-1].item() * self.world),
+            memory=torch.cuda.max_memory_allocated() / 2 ** 30 if self.cuda else 0.)
+        self.clock = now
+        self.meter.clear()
+        if self.master:
+            text = ''
+            for name, label in line.items():
+                found = [k for k in names if k == name or name.endswith('/') and k.startswith(name)]
+                text += f'  {label} ' + ' '.join(f'{row[k]:.4f}' + f'@{k[len(name):]}' * (k != name) for k in found) if found else ''
+            print(f'{it:5d}/{self.args.iters}{text}  {row["seconds"]:.2f} s/it', flush=True)
+            with self.log.open('a') as file:
+                file.write(json.dumps(row) + '\n')
+            if self.args.wandb:
+                import wandb
+                wandb.log(row, step=it)
+
+    def gathered(self, value):
+        """{**value} of all ranks' dicts."""
+        shares = [value]
+        if self.world > 1:
+            shares = [None] * self.world
+            dist.all_gather_object(shares, value)
+        return {k: v for share in shares for k, v in share.items()}
+
+    def count(self, it, sizes):
+        """Counts an iteration whose update was dropped (a None among the gradient norms); ten in a row end the run."""
+        self.in_a_row = self.in_a_row + 1 if None in sizes else 0
+        self.dropped += None in sizes
+        if self.in_a_row == 10:
+            die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save in {self.out} is good: lower the '
+                'learning rates or --gan_weight and run again')
+
+    def close(self):
+        if self.master:
+            curves(self.log, self.out / 'curves.png')
+            print(f'done: {self.out / "student"} after {self.args.iters} iterations, {(time.time() - self.began) / 60:.1f} minutes, '
+                  f'{self.dropped} iterations with a dropped update, {self.skipped} pictures skipped; '
+                  f'python sample.py --ckpt {self.out}')
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+class Distillation:
+    """The networks of Flash-DMD's stage 1, their optimisers, and the pieces of one iteration: arXiv 2511.20549, algorithm 1.
+
+    A part is one micro-batch: y the encoded prompts, eps (b, n, C, h, w) and u (b, 4) its random numbers, last: the
+    rank's last of this iteration. s and l are indices into the student's steps, from high to low noise.
+    """
+
+    def __init__(self, base, run):
+        args = run.args
+        self.base, self.run, self.args, self.schedule = base, run, args, base.schedule
+        self.steps = base.schedule.steps(args.steps).to(base.device)                                       # (S,)
+        self.low = [k for k in range(args.steps) if base.schedule.low_noise(self.steps[k:k + 1])]
+        self.high = [k for k in range(args.steps) if k not in self.low]
+        if args.split and not (self.low and self.high):
+            die(f'--steps {args.steps} gives {self.steps.long().tolist()}, none of them at {"low" if self.high else "high"} '
+                'noise; use --no-split or more steps')
+        self.student, self.fake, self.heads = base.trainable(), base.trainable(), None
+        if args.gan == 'pixel':
+            self.heads = PixelDiscriminator(*load_sam_encoder(args.sam), base.size, args.checkpointing).to(base.device)
+        elif args.gan == 'latent':
+            self.heads = Head(self.student.config.block_out_channels[-1]).to(base.device)
+        if args.checkpointing:
+            for net in (self.student, self.fake, base.vae):
+                net.enable_gradient_checkpointing()
+        self.scale = base.pipe.vae_scale_factor
+        if args.gan_crop % self.scale or args.gan_crop > base.size:
+            die(f'--gan_crop {args.gan_crop} must be a multiple of {self.scale} up to {base.size}, or 0')
+        self.side = (args.gan_crop or base.size) // self.scale                               # of the decoded latents
+        self.nets = {'student': self.student, 'fake': self.fake} | ({'heads': self.heads} if self.heads else {})
+        self.rates = {'student': args.student_lr, 'fake': args.fake_lr, 'heads': args.heads_lr}
+        self.opts = {k: torch.optim.AdamW([w for w in net.parameters() if w.requires_grad], lr=self.rates[k], betas=(.9, .999),
+                                          weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
+        self.d_loss, self.g_loss = gan_losses(args.gan)
+        # DMD2's latent critic is the fake score itself, so its loss enters the fake score's update with a small weight
+        self.critic_weight = 1. if args.gan == 'pixel' else 1e-2
+
+    def distribute(self):
+        """After the weights are loaded: the networks as DistributedDataParallel where there are ranks."""
+        self.wrapped = {k: DDP(net, device_ids=[self.base.device.index] if self.run.cuda else None, broadcast_buffers=False)
+                        if self.run.world > 1 else net for k, net in self.nets.items()}
+
+    def sync(self, name, last):
+        """Gradients of a network are averaged over ranks in its last backward of an iteration; wraps forward and backward."""
+        free = last or self.run.world == 1 or name not in self.wrapped
+        return contextlib.nullcontext() if free else self.wrapped[name].no_sync()
+
+    def learning_rates(self, it, **other):
+        """Linear warm-up and cool-down of every network's learning rate, or of another one given by its name."""
+        args = self.args
+        for name, opt in self.opts.items():
+            for group in opt.param_groups:
+                group['lr'] = other.get(name, self.rates[name]) * min(
+                    1., (it + 1) / max(1, args.warmup), (args.iters - it) / max(1, args.cooldown))
+
+    def parts(self, it, texts, pixels=None, extra=5):
+        """This rank's micro-batches; eps has one normal per student step and `extra` more, five for a distillation."""
+        normals, uniforms = draw(self.args.seed, it, self.run.mine, (len(self.steps) + extra,) + self.base.latent_shape)
+        out, micro = [], self.args.micro
+        for k in range(0, len(texts), micro):
+            part = slice(k, k + micro)
+            out.append(SimpleNamespace(
+                y=self.base.encode(texts[part]), eps=normals[part].to(self.base.device), u=uniforms[part].to(self.base.device),
+                texts=texts[part], pixels=None if pixels is None else pixels[part], last=k + micro >= len(texts)))
+        return out
+
+    def choose(self, it, key, pool):
+        """One of pool, the same for all ranks."""
+        return pool[torch.randint(len(pool), (1,), generator=generator(self.args.seed, it, 2 ** 31 + key)).item()]
+
+    @torch.no_grad()
+    def reach(self, part, s):
+        """The student's input (x_s, t) at its step s, by backward simulation as at inference."""
+        before = backward_simulation(self.base, self.student, self.steps, part.eps, part.y, stop=s)
+        return at_step(self.base, self.steps, part.eps, s, before)
+
+    def G(self, xt, t, y):
+        """The student's x0 (b, C, h, w) float32, through the module that synchronises where there will be a gradient."""
+        return self.base.x0(self.wrapped['student'] if torch.is_grad_enabled() else self.student, xt, t, y)
+
+    def student_backward(self, part, it, turn, share):
+        """Items 1 to 4 of an iteration: gradients of `share` of L = L_DM + gan_weight L_adv where it is the student's turn
+        to learn, else no more than its samples. Leaves them as part.x0 and part.seen, for critic_backward."""
+        args, S = self.args, len(self.steps)
+        s = self.choose(it, 1, self.high if args.split else range(S))                      # the same for all ranks
+        with self.sync('student', part.last), torch.set_grad_enabled(turn):
+            # 1. its sample at step s, reached as at inference
+            x0 = z = self.G(*self.reach(part, s), part.y)                                               # (b, C, h, w)
+            part.x0 = x0.detach()
+
+            # 2. distribution matching, eq. 4: teacher's against fake score at a random noise level
+            if turn:
+                tau = self.schedule.between(part.u[:, 0], 20, 980)
+                x_tau = self.schedule.noised(part.x0, part.eps[:, S], tau)
+                with torch.no_grad():
+                    r = self.base.x0(self.base.teacher, x_tau, tau, part.y, args.cfg)
+                    f = self.base.x0(self.fake, x_tau, tau, part.y)
+                dm, d_dm = slope(lambda x: dm_loss(x, r, f), x0)                                        # loss, dDM/dx0
+                self.run.note(f'dm/{int(self.steps[s])}', dm), self.run.note('grad/dm', sample_norm(d_dm))
+
+            # 3. GAN, eq. 8-9: finish the picture without gradient, noise it to a low-noise step, clean it once with gradient
+            if args.gan != 'none' and args.split:
+                with torch.no_grad():
+                    end = backward_simulation(self.base, self.student, self.steps, part.eps, part.y, first=s + 1, x0=x0)
+                    t_l = self.steps[self.choose(it, 2, self.low)].expand(len(end))
+                    x_l = self.schedule.noised(end, part.eps[:, S + 1], t_l)
+                z = self.G(x_l, t_l, part.y)                                                            # (b, C, h, w)
+            if args.gan != 'none':
+                leaf = z.detach().requires_grad_(turn)                   # the discriminator gets no gradient, only its input
+                seen = self.view(leaf, it)                                                     # pixels (b, 3, H, W)
+                part.seen = seen.detach()
+            if args.gan != 'none' and turn:
+                adv = self.g_loss(self.judge(self.heads, seen, part.eps[:, S + 2], self.schedule.between(part.u[:, 1], 0, 999), part.y))
+                d_adv, = torch.autograd.grad(adv, leaf)                                                 # dAdv/dz
+                self.run.note('gan/g', adv), self.run.note('grad/gan', sample_norm(d_adv) * args.gan_weight)
+
+            # 4. through the one or two student forwards
+            if turn and args.gan != 'none':
+                torch.autograd.backward([x0, z], [d_dm * share, d_adv * args.gan_weight * share])
+            elif turn:
+                x0.backward(d_dm * share)
+
+    def critic_backward(self, part, it, share):
+        """Items 5 and 6: the fake score learns the student's samples, eq. 6; the discriminator tells real from generated."""
+        S, base, u = len(self.steps), self.base, part.u
+        with self.sync('fake', part.last), self.sync('heads', part.last):
+            loss = diffusion_loss(base, self.wrapped['fake'], part.x0, part.eps[:, S + 3], self.schedule.between(u[:, 2], 0, 999), part.y)
+            self.run.note('fake', loss)
+            if self.args.gan != 'none':
+                both = torch.cat([self.real_view(part.pixels.to(base.device), it), part.seen])
+                t = self.schedule.between(u[:, 3], 0, 999).repeat(2)
+                real, made = self.judge(self.wrapped['heads'], both, torch.cat([part.eps[:, S + 4], part.eps[:, S + 2]]), t,
+                                        [torch.cat([a, a]) for a in part.y]).chunk(2)
+                d = self.d_loss(real, made)
+                loss = loss + self.critic_weight * d
+                self.run.note('gan/d', d), self.run.note('gan/real', real.mean()), self.run.note('gan/made', made.mean())
+            (loss * share).backward()
+
+    # the discriminator's view: pixels of a crop, or noised latents through the fake score's bottleneck
+
+    def crop(self, x, it, unit):
+        """The crop of iteration `it` (the same on every rank) of latents, unit = 1, or of pixels, unit = scale."""
+        top, left = torch.randint(self.base.size // self.scale - self.side + 1, (2,),
+                                  generator=generator(self.args.seed, it, 2 ** 31)).tolist()
+        return x[..., top * unit:(top + self.side) * unit, left * unit:(left + self.side) * unit]
+
+    def judge(self, net, seen, eps, t, y):
+        """Logits for what view() or real_view() returned."""
+        if self.args.gan == 'pixel':
+            with self.base.autocast():
+                return net(seen).float()
+        return net(bottleneck(self.base, self.fake, self.schedule.noised(seen, eps, t), t, y))
+
+    def view(self, z, it):
+        with self.base.autocast():
+            return self.base.decode(self.crop(z, it, 1)) if self.args.gan == 'pixel' else z
+
+    def real_view(self, pixels, it):
+        return self.crop(pixels, it, self.scale) if self.args.gan == 'pixel' else self.base.latents(pixels)
+
+    def save(self, it, facts):
+        """The whole state and the student as a pipeline."""
+        save_state(self.run.out, it, self.nets, self.opts, vars(self.args))
+        save_student(self.run.out / 'student', self.base, self.student, self.steps, getattr(torch, self.args.save_dtype),
+                     dict(base_model=self.args.model, recipe=self.args.recipe, iteration=it, **facts))
+
+    @torch.no_grad()
+    def pictures(self, prompts, noise):
+        """What the student draws: (B, 3, H, W) about [-1, 1]; noise (B, S, C, h, w)."""
+        return self.base.decode(backward_simulation(self.base, self.student, self.steps, noise, self.base.encode(prompts)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,35 +1032,40 @@ def save_state(folder, it, nets, opts, args):
         shutil.rmtree(old)
 
 
-def load_state(folder, nets, opts, args):
+def load_state(folder, nets, opts, args, flag='--out', inherit=False):
     """Loads the newest complete folder/state-* into nets and opts; returns its iteration, or 0 where there is none.
 
     Half-written states (state-*.tmp) are ignored. A damaged state or one of another model ends with a sentence. Settings
-    that differ from the saved ones are printed, the command line wins.
+    that differ from the saved ones are printed, the command line wins. inherit=True is for a run of another kind: it loads
+    what is there and returns the set of its files' names without .safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     states = sorted(Path(folder).glob('state-' + '[0-9]' * 7))
     if not states:
-        return 0
+        return set() if inherit else 0
     state = states[-1]
-    way_out = f'delete {state} to go on from the state before it, or choose another --out'
+    way_out = f'delete {state} to go on from the state before it, or choose another {flag}'
+    there = {f.name.removesuffix('.safetensors') for f in state.glob('*.safetensors')}
+    wanted = {*nets, *(f'{name}.opt' for name in opts)} & there if inherit else {*nets, *(f'{name}.opt' for name in opts)}
     try:
         saved = json.loads((state / 'state.json').read_text())
         if saved['args']['model'] != args['model']:
-            die(f'--out {folder} holds a run of --model {saved["args"]["model"]}, not {args["model"]}; choose another --out')
-        for name, net in nets.items():
-            net.load_state_dict(load_file(state / f'{name}.safetensors'))
-        for name, opt in opts.items():
-            fresh, moments = opt.state_dict(), {}
+            die(f'{flag} {folder} holds a run of --model {saved["args"]["model"]}, not {args["model"]}; choose another {flag}')
+        for name in wanted & {*nets}:
+            nets[name].load_state_dict(load_file(state / f'{name}.safetensors'))
+        for name in [k for k in opts if f'{k}.opt' in wanted]:
+            fresh, moments = opts[name].state_dict(), {}
             for key, value in load_file(state / f'{name}.opt.safetensors').items():
                 i, k = key.split('.')
                 moments.setdefault(int(i), {})[k] = value
-            opt.load_state_dict(dict(fresh, state=moments))
+            opts[name].load_state_dict(dict(fresh, state=moments))
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, ValueError):
         die(f'{state} is truncated or not a state of this script; {way_out}')
     except RuntimeError as error:
         die(f'{state} does not fit these networks ({str(error).splitlines()[0]}); {way_out}')
+    if inherit:
+        return wanted
     if os.environ.get('RANK', '0') == '0':
         for key, value in saved['args'].items():
             if args.get(key, value) != value:
@@ -674,23 +1097,23 @@ def save_student(folder, base, student, steps, dtype, facts):
         (tmp / 'student.json').write_text(json.dumps(dict(facts, steps=steps.long().tolist()), indent=1))
 
 
-def find_student(ckpt):
+def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
     """The pipeline folder of a student and its facts (student.json): `ckpt` is a run's folder or the pipeline folder;
-    empty means the newest of out/stage2 and out/stage1, else the shipped one."""
+    empty means the newest of `runs`, else the shipped one."""
     shipped = Path(os.path.relpath(Path(__file__).parent / 'assets/toy/student'))
     if ckpt:
         places = [Path(ckpt) / 'student', Path(ckpt)]
     else:
-        runs = [Path(run) / 'student' for run in ('out/stage2', 'out/stage1')]
-        places = sorted((r for r in runs if (r / 'student.json').exists()), key=lambda r: -(r / 'student.json').stat().st_mtime)
+        students = [Path(run) / 'student' for run in runs]
+        places = sorted((r for r in students if (r / 'student.json').exists()), key=lambda r: -(r / 'student.json').stat().st_mtime)
         places.append(shipped)
     for place in places:
         if (place / 'student.json').exists():
             try:
                 return place, json.loads((place / 'student.json').read_text())
             except (OSError, ValueError):
-                die(f'--ckpt {place} is damaged: its student.json cannot be read')
-    die(f'--ckpt {ckpt or shipped} holds no student (no student.json); give the folder of a training run')
+                die(f'{flag} {place} is damaged: its student.json cannot be read')
+    die(f'{flag} {ckpt or shipped} holds no student (no student.json); give the folder of a training run')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """
-Seconds per stage-1 iteration beside the sum of the network passes that it cannot avoid, timed one by one.
+Speed of training and of evaluation.
 
     python tests/bench.py                    # the toy on the CPU; with a CUDA device SDXL's size, random weights, 1024 px
-    python tests/bench.py --iters 40
+    python tests/bench.py --only evaluate
 
-Both are measured in this process and in train_stage1.py itself, started as a user would. Goal: ratio <= 1.05.
+train     seconds per iteration of train_stage1.py, started as a user would, beside the sum of the network passes that it cannot
+          avoid, timed one by one in this process. Goal: ratio <= 1.05
+evaluate  pictures per second of evaluate.py on the toy: drawing, each score, and the share of the scoring that is spent outside
+          the networks. Goal: <= 5 %
 """
 
 import argparse
@@ -23,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import model as m                                                                                        # noqa: E402
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+p.add_argument('--only', nargs='+', choices=['train', 'evaluate'], default=['train', 'evaluate'], help='what to measure')
 p.add_argument('--iters', type=int, default=40, help='iterations of the training script')
 p.add_argument('--work', type=Path, default=ROOT / 'out/bench', help='folder for the run and the random weights')
 cuda = torch.cuda.is_available()
@@ -135,9 +139,8 @@ def passes(flags, batch, checkpointing):
     ]
 
 
-if __name__ == '__main__':
-    args = p.parse_args()
-    os.chdir(ROOT)
+def train(args):
+    """Prints the passes and their sum beside the script's own seconds per iteration."""
     if cuda:
         torch.set_float32_matmul_precision('high')
         if not (args.work / 'sdxl/data.parquet').exists():
@@ -162,3 +165,24 @@ if __name__ == '__main__':
     print(f'{torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"}, batch {batch}: '
           f'{whole:.3f} s per iteration over {len(rows)}, sum of the passes {total:.3f} s, ratio {whole / total:.3f}, '
           f'peak memory {rows[-1]["memory"]:.1f} GiB')
+
+
+def evaluate(args):
+    """Prints what evaluate.py says of its own time."""
+    work = args.work / 'evaluate'
+    shutil.rmtree(work, ignore_errors=True)
+    subprocess.run([sys.executable, 'evaluate.py', '--recipe', 'toy', '--ckpt', 'assets/toy/student', '--n', '256', '--n_real', '16',
+                    '--out', f'{work}/a.json'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds = json.loads((work / 'a.json').read_text())['seconds']
+    whole, n = seconds.pop('scoring in all')
+    for name, (spent, count) in seconds.items():
+        print(f'{name:46s} {count / spent:8.1f} pictures/s')
+    inside = sum(spent for name, (spent, _) in seconds.items() if not name.startswith('drawing'))
+    print(f'scoring in all: {n / whole:.1f} pictures/s, {1 - inside / whole:.1%} of the time outside the networks')
+
+
+if __name__ == '__main__':
+    args = p.parse_args()
+    os.chdir(ROOT)
+    for name in args.only:
+        globals()[name](args)

@@ -616,7 +616,7 @@ def make_pickscore():
             right=(z[:, 0] > z[:, 1]).float().mean())
 
     model = fit('pickscore', torch.nn.ModuleDict(dict(model=model)), loss, 1200, 5e-4, ema=.998)['model']
-    captions, kinds, images = pairs(1000, 12)
+    captions, kinds, images = pairs(min(1000, args.pairs), 12)
     with torch.no_grad():
         z = torch.cat([logits(model, captions[k:k + 100], images[k:k + 100]) for k in range(0, len(captions), 100)]).cpu()
     print(f'pickscore: held-out accuracy {accuracy_by_kind((z[:, 0] > z[:, 1]).numpy(), kinds)}')
@@ -727,12 +727,12 @@ def make_lrm():
             right=(two[:, 0] > two[:, 1]).float().mean())
 
     fit('lrm', nets, loss, 3000, 5e-4, ema=.998)
-    captions, kinds, images = pairs(1000, 12)
+    captions, kinds, images = pairs(min(1000, args.pairs), 12)
     z = latents(images, 'test')
     for t in (1, 249, 499, 749, 951):
         g = torch.Generator().manual_seed(t)
         with torch.no_grad():
-            two = torch.cat([logits(reward, captions[k:k + 100], z[k:k + 100], torch.full((100,), t), g)
+            two = torch.cat([logits(reward, captions[k:k + 100], z[k:k + 100], torch.full((len(z[k:k + 100]),), t), g)
                              for k in range(0, len(captions), 100)]).cpu()
         print(f'lrm: held-out accuracy at t = {t}: {accuracy_by_kind((two[:, 0] > two[:, 1]).numpy(), kinds)}')
 

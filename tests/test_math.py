@@ -319,7 +319,97 @@ def test_discriminator_is_differentiable_in_the_pixels_and_trains_heads_only():
     assert torch.allclose(x.grad, z.grad, atol=1e-7)
 
 
+# --------------------------------------------------------------------------------------------- preferences on latents
+
+def test_log_ratio_is_the_gaussians():
+    """Against plain log-densities in float64; exactly 0 where student and reference agree."""
+    from torch.distributions import Normal
+    torch.manual_seed(0)
+    x0, ref, z = torch.randn(3, 5, 4, 8, 8).double()
+    a, sigma = .53, .85
+    expected = (Normal(a * x0, sigma).log_prob(z) - Normal(a * ref, sigma).log_prob(z)).mean((1, 2, 3))
+    assert torch.allclose(m.log_ratio(z, x0, ref, a, sigma), expected, rtol=1e-12)
+    near = x0.float() + 1e-4 * ref.float()                       # fp32, a policy hardly moved: the difference of squares fails
+    expected = (Normal(a * near.double(), sigma).log_prob(z) - Normal(a * x0, sigma).log_prob(z)).mean((1, 2, 3))
+    assert torch.allclose(m.log_ratio(z.float(), near, x0.float(), a, sigma).double(), expected, rtol=1e-3)
+    assert (m.log_ratio(z, x0, x0, a, sigma) == 0).all()
+
+
+def test_stage_2s_own_loss_lines():
+    """The lines of train_stage2.py themselves: H is the pair's log-ratio, and the gradient is the closed form
+
+        dL/dx0 = -beta sigmoid(-beta H) (alpha / sigma^2) (w - l) / (dimensions x batch)
+    """
+    import math
+    import re
+    import textwrap
+    source = open('train_stage2.py' if __import__('os').path.exists('train_stage2.py') else m.__file__.replace('model', 'train_stage2')).read()
+    lines = textwrap.dedent(re.search(r'\n( +H = .*?loss = [^\n]*\n)', source, re.S).group(1))
+    torch.manual_seed(0)
+    x_ref, w, l = torch.randn(3, 5, 4, 8, 8).double()
+    x0 = (x_ref + .1 * torch.randn_like(x_ref)).requires_grad_()
+    a, sigma, beta = torch.tensor(.53).double(), torch.tensor(.85).double(), 70.
+    sound = torch.tensor([True, True, False, True, True])
+
+    def run(clamp):
+        space = dict(x0=x0, x_ref=x_ref, w=w, l=l, a=a, sigma=sigma, sound=sound, F=F, m=m, math=math, torch=torch,
+                     args=SimpleNamespace(beta=beta, clamp=clamp))
+        exec(lines, space)
+        return space['H'], space['loss']
+
+    H, loss = run(0.)
+    plain = m.log_ratio(w, x0, x_ref, a, sigma) - m.log_ratio(l, x0, x_ref, a, sigma)
+    assert torch.allclose(H, plain, rtol=1e-10)
+    gradient, = torch.autograd.grad(loss, x0)
+    D = x0[0].numel()
+    closed = -beta * torch.sigmoid(-beta * H).view(-1, 1, 1, 1) * a / sigma ** 2 * (w - l) / D / len(x0)
+    closed[2] = 0                                                                              # a group with a NaN among its rewards
+    assert torch.allclose(gradient, closed, rtol=1e-9)
+    wide, narrow = run(.99)[0], run(1e-3)[0]
+    assert torch.allclose(wide, plain, rtol=1e-9) and narrow.abs().max() <= math.log(1.001 / .999) + 1e-12
+
+
+def test_latent_reward_is_lpos_formula(toy):
+    """Against a forward pass written out from the UNet's own blocks, with the guidance on the mid feature alone."""
+    torch.manual_seed(0)
+    reward = m.LatentReward(toy, toy.trainable().eval(), toy.pipe.text_encoder, toy.pipe.text_encoder_2)
+    net, z, t = reward.unet, torch.randn(3, *toy.latent_shape), torch.tensor([749., 499., 1.])
+    y = reward.encode(['a red circle on blue', 'a white ring on black', 'a star'])
+
+    def features(e, pooled):
+        sizes = torch.tensor([64., 64, 0, 0, 64, 64]).repeat(3)
+        extra = torch.cat([pooled, net.add_time_proj(sizes).view(3, -1)], 1)
+        h, emb, out = net.conv_in(z), net.time_embedding(net.time_proj(t)) + net.add_embedding(extra), []
+        for block in net.down_blocks:
+            for resnet, attention in zip(block.resnets, block.attentions):
+                h = attention(resnet(h, emb), encoder_hidden_states=e).sample
+            out.append(h.mean((2, 3)))
+            for down in block.downsamplers or []:
+                h = down(h)
+        return out, net.mid_block(h, emb, encoder_hidden_states=e).mean((2, 3))
+
+    with torch.no_grad():
+        stages, cond = features(y[0][:3], y[1][:3])
+        _, uncond = features(y[0][3:], y[1][3:])
+        v = torch.cat(stages + [uncond + 7.5 * (cond - uncond)], 1) @ reward.visual_projection.weight.T
+        expected = reward.logit_scale.exp() * F.cosine_similarity(v, y[1][:3])
+        assert torch.allclose(reward(z, t, y), expected, rtol=1e-4)
+    empty = toy.pipe.encode_prompt([''], device='cpu', do_classifier_free_guidance=False)[0]
+    assert torch.allclose(y[0][3:], empty.expand(3, -1, -1)) and empty.abs().sum() > 0
+
+
 # ------------------------------------------------------------------------------------------------ SDXL's real sizes
+
+def latent_reward_of(base, unet):
+    """LatentReward around a UNet of SDXL's size, with text encoders in name only."""
+    reward = m.LatentReward.__new__(m.LatentReward)
+    base.pipe = SimpleNamespace(components={})
+    text = nn.Module()
+    text.config = SimpleNamespace(projection_dim=1280)
+    type(base.pipe)
+    reward.__init__(base, unet, text, text)
+    return reward.to('meta')
+
 
 def test_one_iteration_at_sdxl_size_on_meta():
     """Every pass of a stage-1 iteration at 1024 px with SDXL-base's own configuration, without memory: shapes, dtypes."""
@@ -356,4 +446,10 @@ def test_one_iteration_at_sdxl_size_on_meta():
     m.diffusion_loss(base, unet, x0.detach(), noise[:, 4], steps[:1], y).backward()
     assert base.decode(x0).shape == (1, 3, 1024, 1024) and base.latents(base.decode(x0)).shape == (1, 4, 128, 128)
     assert m.bottleneck(base, unet, x0, steps[:1], y).shape == (1, 1280, 32, 32)
+    assert [tuple(f.shape) for f in m.encoder_features(base, unet, x0, steps[:1], y)] == [
+        (1, 320, 128, 128), (1, 640, 64, 64), (1, 1280, 32, 32), (1, 1280, 32, 32)]
+    reward = latent_reward_of(base, unet)
+    assert reward.visual_projection.weight.shape == (1280, 3520)                             # casiatao/LRM's
+    two = [torch.cat([a, a]) for a in y]
+    assert reward(x0, steps[:1], two).shape == (1,)
     assert m.Head(1280).to('meta')(torch.empty(1, 1280, 32, 32, device='meta')).shape == (1, 1)

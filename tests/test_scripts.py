@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import ENV, ROOT, start
 
@@ -153,39 +153,173 @@ def test_sample_is_plain_diffusers(tmp_path):
 
 
 def table(*flags, ranks=0, out=None):
+    """What evaluate.py writes for the shipped student on 12 prompts, and what it prints."""
     done = start('evaluate.py', '--ckpt', 'assets/toy/student', '--n', 12, '--n_real', 64, '--out', out, *flags, ranks=ranks)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(out.read_text())['rows']
     assert '| R-precision |' in done.stdout
-    return rows
+    return json.loads(out.read_text()), done.stdout
 
 
-def test_evaluate_does_not_depend_on_batch_or_ranks(tmp_path):
-    one = table('--teacher', '--teacher_steps', 3, '--batch', 5, out=tmp_path / 'a.json')
-    two = table('--teacher', '--teacher_steps', 3, '--batch', 16, ranks=2, out=tmp_path / 'b.json')
-    assert len(one) == 2 and one.keys() == two.keys()
-    for label in one:
-        assert one[label]['r_precision'] == two[label]['r_precision']
-        assert abs(one[label]['clip_score'] - two[label]['clip_score']) < 1e-2
-        assert abs(one[label]['cmmd'] - two[label]['cmmd']) < 1e-3
+@pytest.fixture(scope='session')
+def evaluated(tmp_path_factory):
+    out = tmp_path_factory.mktemp('evaluated') / 'a.json'
+    return out, *table('--teacher', '--teacher_steps', 3, '--batch', 5, '--sheet', 'pickscore', out=out)
+
+
+def test_evaluate_does_not_depend_on_batch_or_ranks(evaluated, tmp_path):
+    _, one, _ = evaluated
+    two, _ = table('--teacher', '--teacher_steps', 3, '--batch', 16, ranks=2, out=tmp_path / 'b.json')
+    assert len(one['rows']) == 2 and one['rows'].keys() == two['rows'].keys() and one['settings'] == two['settings']
+    for label, row in one['rows'].items():
+        other = two['rows'][label]
+        assert row['rprecision'] == other['rprecision']
+        for metric, close in (('clip', 1e-2), ('pickscore', 1e-4), ('cmmd', 1e-3)):
+            assert abs(row[metric]['value'] - other[metric]['value']) < close
+            assert np.allclose(row[metric]['interval'], other[metric]['interval'], atol=close)
+        assert row['per_picture']['index'] == other['per_picture']['index'] == list(range(12))
+        assert np.allclose(row['per_picture']['pickscore'], other['per_picture']['pickscore'], atol=1e-4)
+
+
+def test_intervals_are_those_of_a_mean_and_of_paired_differences(evaluated):
+    _, result, _ = evaluated
+    one, two = (np.array(row['per_picture']['clip']) for row in result['rows'].values())
+    for entry, x in ((list(result['rows'].values())[0]['clip'], one), (list(result['differences'].values())[0]['clip'], one - two)):
+        low, high = entry['interval']
+        width = 2 * 1.96 * x.std() / len(x) ** .5
+        assert abs(entry['value'] - x.mean()) < 1e-4 and low < x.mean() < high
+        assert .75 * width < high - low < 1.25 * width
+
+
+def test_pictures_are_not_made_twice(evaluated):
+    """A killed run: some pictures are there, one is gone. The rest are left alone and the table is the same."""
+    out, result, said = evaluated
+    pictures = sorted(out.parent.glob('pictures/*/*.png'))
+    assert len(pictures) == 24 and f'{out.parent}/a-pickscore-0.png' in said
+    gone, times = pictures[3].read_bytes(), {f: f.stat().st_mtime_ns for f in pictures}
+    pictures[3].unlink()
+    again, _ = table('--teacher', '--teacher_steps', 3, '--batch', 5, out=out)
+    assert {f for f in pictures if f.stat().st_mtime_ns != times[f]} == {pictures[3]} and pictures[3].read_bytes() == gone
+    assert again['rows'] == result['rows']
+
+
+def test_a_metric_without_weights_leaves_the_others(tmp_path):
+    result, said = table('--metrics', 'rprecision', 'hpsv2.1', 'fid', 'pickscore', out=tmp_path / 'a.json')
+    row, = result['rows'].values()
+    assert row.keys() >= {'rprecision', 'pickscore'} and not row.keys() & {'hpsv2.1', 'fid', 'clip'}
+    assert result['unavailable'].keys() == {'hpsv2.1', 'fid'}
+    assert 'HPSv2.1: xswu/HPSv2 could not be' in said and 'FID: ' in said
+
+
+def test_any_pipeline_is_scored(tmp_path):
+    result, _ = table('--pipeline', 'assets/toy/sdxl', '--teacher_steps', 2, '--metrics', 'rprecision', out=tmp_path / 'a.json')
+    assert list(result['rows']) == ['assets/toy/sdxl, 2 steps, CFG 3']
+
+
+def test_the_papers_rows_stand_below_sdxls(evaluated, tmp_path):
+    folder = next(evaluated[0].parent.glob('pictures/*/000000.png')).parent
+    done = start('evaluate.py', '--images', folder, '--recipe', 'sdxl', '--prompts', 'assets/toy/data/prompts.txt', '--metrics',
+                 'clip', 'mps', '--clip', 'assets/toy/clip', '--out', tmp_path / 'a.json')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert '| paper: Flash-DMD stage 1, 64 x 1000 | - | 12.67 | 10,000 of COCO |' in done.stdout
+    assert 'paper' not in evaluated[2]
 
 
 def test_real_pictures_score_as_real(tmp_path):
-    """Held-out pictures beside their own captions: near-perfect R-precision, CMMD near nothing. Swapped captions: not."""
+    """Held-out pictures beside their own captions: near-perfect R-precision, CMMD near nothing. Swapped captions: not.
+    Names tie pictures to prompts by number or by metadata.jsonl; an unreadable one is named and left out."""
     import datasets
     rows = datasets.load_dataset('parquet', data_files=str(ROOT / 'assets/toy/data/test.parquet'), split='train')[:64]
     (tmp_path / 'pictures').mkdir()
     for i, image in enumerate(rows['image']):
-        image.save(tmp_path / f'pictures/{i:03d}.png')
-    scores = {}
-    for name, captions in (('own', rows['text']), ('swapped', rows['text'][1:] + rows['text'][:1])):
-        (tmp_path / f'{name}.txt').write_text('\n'.join(captions))
+        image.save(tmp_path / f'pictures/{i}.png')                      # 10.png before 2.png in name order
+    results = {}
+
+    def run(name):
         done = start('evaluate.py', '--images', tmp_path / 'pictures', '--recipe', 'toy', '--prompts', tmp_path / f'{name}.txt',
                      '--out', tmp_path / f'{name}.json')
         assert done.returncode == 0, done.stderr[-2000:]
-        scores[name], = json.loads((tmp_path / f'{name}.json').read_text())['rows'].values()
-    assert scores['own']['r_precision'] > .95 and scores['swapped']['r_precision'] < .2
-    assert scores['own']['cmmd'] < .5 and scores['own']['clip_score'] > scores['swapped']['clip_score'] + 10
+        results[name], = json.loads((tmp_path / f'{name}.json').read_text())['rows'].values()
+        return done.stdout
+
+    (tmp_path / 'own.txt').write_text('\n'.join(rows['text']))
+    (tmp_path / 'swapped.txt').write_text('\n'.join(rows['text'][1:] + [rows['text'][0] + ' and more words' * 20]))
+    run('own')
+    assert '1 prompts were longer than its text encoder and cut' in run('swapped')
+    (tmp_path / 'pictures/5.png').write_bytes(b'not a picture')
+    with (tmp_path / 'pictures/metadata.jsonl').open('w') as file:
+        for i in reversed(range(64)):
+            file.write(json.dumps(dict(file_name=f'{i}.png', text=rows['text'][i])) + '\n')
+    (tmp_path / 'tied.txt').write_text('metadata.jsonl has the prompts\n')
+    assert '5.png cannot be read: left out' in run('tied')
+    assert results['own']['rprecision']['value'] > .95 and results['swapped']['rprecision']['value'] < .2
+    assert results['own']['cmmd']['value'] < .5
+    assert results['own']['clip']['value'] > results['swapped']['clip']['value'] + 10
+    assert results['tied']['n'] == 63 and results['tied']['unreadable'] == 1 and results['tied']['rprecision']['value'] > .95
+
+
+# ------------------------------------------------------------------------------------------------------------ stage 2
+
+def second(out, *flags, ranks=0, init='assets/toy/student'):
+    """A run of stage 2 on the toy; returns its log lines and what it printed."""
+    done = start('train_stage2.py', '--recipe', 'toy', '--sample_every', 0, '--eval_every', 0, '--log_every', 1, '--init', init,
+                 '--out', out, *flags, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(x) for x in (out / 'log.jsonl').read_text().splitlines()], done.stdout
+
+
+def test_the_first_ratios_are_one(tmp_path):
+    rows, said = second(tmp_path / 'run', '--no-joint', '--iters', 3, '--batch', 4, '--micro', 4, '--warmup', 0)
+    assert rows[0]['rl/ratio'] == 1 and rows[0]['rl/loss'] == float(np.float32(np.log(2)))
+    assert rows[1]['rl/ratio'] != 1 and all('fake' not in row for row in rows)
+    assert all(row['rl/unsound'] == 0 and row['rl/gap'] > 0 for row in rows)
+
+
+JOINT = ['--iters', 6, '--critic_warmup', 1, '--rl_ratio', 2, '--save_every', 3]
+
+
+@pytest.fixture(scope='session')
+def joint(tmp_path_factory):
+    out = tmp_path_factory.mktemp('stage2') / 'run'
+    return out, *second(out, *JOINT)
+
+
+def test_distillation_and_preference_updates_alternate(joint):
+    _, rows, said = joint
+    assert ['fake' in row for row in rows] == [True, True, False, False, True, False]
+    assert ['grad/dm' in row for row in rows] == [False, True, False, False, True, False]       # first the critics alone
+    assert {k for row in rows for k in row if k.startswith('reward/')} <= {'reward/999', 'reward/749'}
+    assert 'student: weights\n' in said and 'fake: not there: new, the teacher' in said and 'heads: not there: new, random' in said
+
+
+def test_stage_2_on_two_ranks_is_one(joint, tmp_path):
+    second(tmp_path / 'run', *JOINT, '--micro', 8, ranks=2)
+    assert largest_difference(weights(joint[0], 6), weights(tmp_path / 'run', 6), '.safetensors') < 1e-4
+
+
+def test_stage_2_resumes_bit_for_bit(joint, tmp_path):
+    shutil.copytree(joint[0], tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run/state-0000006')
+    _, said = second(tmp_path / 'run', *JOINT)
+    assert 'from iteration 3' in said
+    assert largest_difference(weights(joint[0], 6), weights(tmp_path / 'run', 6)) == 0
+
+
+def test_stage_2_goes_on_from_a_run(plain, tmp_path):
+    rows, said = second(tmp_path / 'run', '--iters', 2, '--batch', 8, '--micro', 8, '--rl_steps', 'all', '--clamp', .1, init=plain)
+    for name in ('student', 'fake', 'heads'):
+        assert f'{name}: weights and optimiser' in said
+    assert 'fake' in rows[0] and 'rl/loss' in rows[1]
+    done = start('sample.py', '--ckpt', tmp_path / 'run', '--n', 1, '--out', tmp_path / 'x.png')
+    assert done.returncode == 0 and Image.open(tmp_path / 'x.png').size[0] > 60
+
+
+def test_preference_updates_raise_the_reward(tmp_path):
+    """And evaluations say so, beside what the reward does not see."""
+    second(tmp_path / 'run', '--no-joint', '--gan', 'none', '--iters', 24, '--warmup', 4, '--rl_lr', 1e-4, '--eval_every', 24,
+           '--eval_n', 32)
+    before, after = [json.loads(x) for x in (tmp_path / 'run/eval.jsonl').read_text().splitlines()]
+    assert after['reward'] > before['reward'] + .1
+    assert {'rprecision', 'cmmd', 'pickscore', 'saturation', 'brightness'} <= before.keys()
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -211,6 +345,20 @@ def prepare(folder):
     shutil.copytree(ROOT / 'assets/toy/student', folder / 'student')
     (folder / 'student/student.json').write_text('{')
     (folder / 'a_file').write_text('keep me')
+    for name in ('short', 'lacking', 'other', 'pickled'):
+        shutil.copytree(ROOT / 'assets/toy/lrm', folder / f'lrm_{name}')
+    file = folder / 'lrm_short/unet/diffusion_pytorch_model.safetensors'
+    file.write_bytes(file.read_bytes()[:1000])
+    file = folder / 'lrm_lacking/unet/diffusion_pytorch_model.safetensors'
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith('mid_block.resnets.0')}, file)
+    config = json.loads((folder / 'lrm_other/unet/config.json').read_text())
+    file = folder / 'lrm_other/unet/diffusion_pytorch_model.safetensors'
+    save_file(load_file(file) | {'conv_in.weight': torch.zeros(64, 4, 3, 3)}, file)
+    (folder / 'lrm_other/unet/config.json').write_text(json.dumps(config | dict(in_channels=4)))
+    torch.save({'logit_scale': Payload()}, folder / 'lrm_pickled/state_dict.pt')
+    for name in ('twice/1.png', 'twice/01.jpg', 'unreadable/0.png', 'unreadable/1.png', 'untied/metadata.jsonl'):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{}')
     (folder / 'other.json').write_text('{"settings": {}}')
 
 
@@ -241,6 +389,20 @@ BAD = [
     ('train_stage1.py', ['--image_column', 'text'], '--image_column text'),
     ('train_stage1.py', ['--prompts', 'TMP/empty.txt'], '--prompts'),
     ('train_stage1.py', ['--out', 'TMP/a_file'], '--out'),
+    ('train_stage2.py', ['--init', 'TMP/nowhere'], '--init'),
+    ('train_stage2.py', ['--init', 'TMP/notes'], '--init'),
+    ('train_stage2.py', ['--candidates', 1], '--candidates 1'),
+    ('train_stage2.py', ['--clamp', 1], '--clamp 1'),
+    ('train_stage2.py', ['--rl_ratio', 0], '--rl_ratio 0'),
+    ('train_stage2.py', ['--rl_steps', 249], 'invalid choice'),
+    ('train_stage2.py', ['--steps', 2, '--no-split'], '--rl_steps high'),
+    ('train_stage2.py', ['--lrm', 'TMP/nowhere'], '--lrm'),
+    ('train_stage2.py', ['--lrm', 'some-body/no-such-lrm'], '--lrm'),
+    ('train_stage2.py', ['--lrm', 'TMP/lrm_short'], '--lrm'),
+    ('train_stage2.py', ['--lrm', 'TMP/lrm_lacking'], 'lacks mid_block'),
+    ('train_stage2.py', ['--lrm', 'TMP/lrm_other'], 'latent channels'),
+    ('train_stage2.py', ['--lrm', 'TMP/lrm_pickled'], '--lrm'),
+    ('train_stage2.py', ['--rl_prompts', 'TMP/empty.txt'], '--rl_prompts'),
     ('sample.py', ['--steps', 0], '--steps 0'),
     ('sample.py', ['--step', 4], 'unrecognized'),
     ('sample.py', ['--ckpt', 'TMP/nowhere'], '--ckpt'),
@@ -252,11 +414,24 @@ BAD = [
     ('sample.py', ['--out', 'TMP/a_file/x.png'], '--out'),
     ('sample.py', ['--n', 0], '--n 0'),
     ('evaluate.py', ['--n', 100000], '--n 100000'),
-    ('evaluate.py', ['--clip', 'TMP/notes'], '--clip'),
+    ('evaluate.py', ['--clip', 'TMP/notes', '--metrics', 'clip'], 'TMP/notes'),
+    ('evaluate.py', ['--metrics', 'beauty'], 'invalid choice'),
+    ('evaluate.py', ['--sheet', 'mps'], '--sheet mps'),
     ('evaluate.py', ['--images', 'TMP/notes'], '--images'),
+    ('evaluate.py', ['--images', 'TMP/nowhere'], '--images'),
+    ('evaluate.py', ['--images', 'TMP/twice'], 'the same number'),
+    ('evaluate.py', ['--images', 'TMP/untied'], 'metadata.jsonl'),
+    ('evaluate.py', ['--pipeline', 'TMP/notes'], '--pipeline'),
     ('evaluate.py', ['--out', 'TMP/other.json'], '--out'),
     ('evaluate.py', ['--real', 'TMP/nowhere'], '--real'),
 ]
+
+
+def test_pictures_that_cannot_be_read_at_all(tmp_path):
+    prepare(tmp_path)
+    done = start('evaluate.py', '--recipe', 'toy', '--images', tmp_path / 'unreadable', '--out', tmp_path / 'a.json')
+    assert done.returncode == 2 and 'none of its 2 pictures can be read' in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'a.json').exists()
 
 
 def listing(folder):
@@ -280,7 +455,7 @@ def test_bad_input_is_one_sentence(script, flags, names, broken, tmp_path):
     done = start(script, *flags, *extra, timeout=120)
     lines = [x for x in done.stderr.splitlines() if x and not x.startswith('usage:')]
     assert done.returncode == 2, done.stderr[-2000:]
-    assert len(lines) == 1 and 'error: ' in lines[0] and names in lines[0], done.stderr[-2000:]
+    assert len(lines) == 1 and 'error: ' in lines[0] and names.replace('TMP', str(folder)) in lines[0], done.stderr[-2000:]
     assert 'Traceback' not in done.stderr and 'unpickled' not in done.stdout
     assert listing(folder) == before
     assert not list((tmp_path / 'run').glob('state-*'))
@@ -294,7 +469,8 @@ def test_a_run_of_another_model_is_not_overwritten(plain, tmp_path):
     assert done.returncode == 2 and 'choose another --out' in done.stderr and listing(tmp_path / 'run') == before
 
 
-@pytest.mark.parametrize('script', ['train_stage1.py', 'sample.py', 'evaluate.py', 'tests/make_toy.py', 'tests/bench.py'])
+@pytest.mark.parametrize('script', [
+    'train_stage1.py', 'train_stage2.py', 'sample.py', 'evaluate.py', 'tests/make_toy.py', 'tests/bench.py'])
 def test_help(script):
     done = start(script, '--help')
     assert done.returncode == 0 and '--' in done.stdout
