@@ -195,11 +195,13 @@ def test_pictures_are_not_made_twice(evaluated):
     out, result, said = evaluated
     pictures = sorted(out.parent.glob('pictures/*/*.png'))
     assert len(pictures) == 24 and f'{out.parent}/a-pickscore-0.png' in said
-    gone, times = pictures[3].read_bytes(), {f: f.stat().st_mtime_ns for f in pictures}
+    gone, times = np.array(Image.open(pictures[3])).astype(int), {f: f.stat().st_mtime_ns for f in pictures}
     pictures[3].unlink()
     again, _ = table('--teacher', '--teacher_steps', 3, '--batch', 5, out=out)
-    assert {f for f in pictures if f.stat().st_mtime_ns != times[f]} == {pictures[3]} and pictures[3].read_bytes() == gone
-    assert again['rows'] == result['rows']
+    assert {f for f in pictures if f.stat().st_mtime_ns != times[f]} == {pictures[3]}
+    assert abs(np.array(Image.open(pictures[3])).astype(int) - gone).max() <= 1              # alone in its batch: rounding
+    for label, row in result['rows'].items():
+        assert all(abs(again['rows'][label][k]['value'] - row[k]['value']) < 1e-3 for k in ('clip', 'pickscore', 'cmmd'))
 
 
 def test_a_metric_without_weights_leaves_the_others(tmp_path):
