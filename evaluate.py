@@ -4,6 +4,7 @@ The paper's table: scores a student beside its teacher, any diffusers pipeline, 
     python evaluate.py                                          # newest student, its teacher, its teacher at 4 steps
     python evaluate.py --ckpt out/stage1 --prompts coco10k.txt --n 10000 --real COCO_FOLDER --n_real 10000 --metrics clip \
         pickscore hpsv2 imagereward mps fid
+    python evaluate.py --ckpt out/stage2 out/stage1             # two students, and the intervals of their difference
     python evaluate.py --pipeline stabilityai/sdxl-turbo --teacher_steps 4 --cfg 0
     python evaluate.py --images FOLDER                          # pictures made by anything else
     torchrun --nproc_per_node=8 -- evaluate.py --n 10000        # the same numbers, prompts split over ranks (the -- because
@@ -16,7 +17,7 @@ cmmd, fid       distance to the real pictures of --real by CLIP (arXiv 2401.0960
 
 Pictures are kept in pictures/ beside --out, and those already made are not made again, so a killed run goes on. Brackets are
 95 % bootstrap intervals over the prompts. In FOLDER a metadata.jsonl (file_name, text) ties pictures to prompts; without one
-the number in the name is the prompt's line, from 0; without numbers the pictures come in name order.
+the last number in the name is the prompt's line, from 0; without numbers the pictures come in name order.
 """
 
 import argparse
@@ -61,11 +62,11 @@ PAPER = {
 }
 
 p = m.parser(__doc__)
-p.add_argument('--ckpt', default='', help='run folder or student pipeline; empty: newest of out/stage2, out/stage1, else '
-               'the shipped one')
+p.add_argument('--ckpt', nargs='+', default=[], help='run folders or student pipelines, one row each; none: newest of '
+               'out/stage2, out/stage1, else the shipped one')
 p.add_argument('--teacher', action=argparse.BooleanOptionalAction, default=False,
                help='score the base model (alone, or beside --ckpt)')
-p.add_argument('--pipeline', default='', help='score this diffusers pipeline instead, folder or hub id, with --teacher_steps, --cfg')
+p.add_argument('--pipeline', default='', help='score this diffusers pipeline, folder or hub id, by --teacher_steps, --cfg')
 p.add_argument('--images', default='', help='score this folder of pictures instead')
 p.add_argument('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's own")
 p.add_argument('--metrics', nargs='+', choices=METRICS, help='what to compute')
@@ -84,10 +85,12 @@ p.add_argument('--n_real', type=int, default=512, help='how many real pictures')
 p.add_argument('--batch', type=int, default=16, help='pictures per call')
 p.add_argument('--workers', type=int, default=2, help='processes per rank that read pictures')
 p.add_argument('--seed', type=int, default=0, help='picture i depends on (seed, i) alone')
-p.add_argument('--sheet', choices=['', *METRICS[:-2]], default='', help='draw the 16 best and 16 worst by this score beside --out')
+p.add_argument('--sheet', choices=['', *METRICS[:-2]], default='',
+               help='draw the 16 best and the 16 worst pictures by this score, beside --out')
 p.add_argument('--out', default='', help='JSON to write; empty: out/evaluate/ and a name made of the settings')
 first, _ = p.parse_known_args()
-folder, facts = m.find_student(first.ckpt)
+students = [m.find_student(ckpt) for ckpt in first.ckpt or ['']]
+facts = students[0][1]
 p.set_defaults(**RECIPES[first.recipe or facts['recipe']])
 args = p.parse_args()
 m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0, workers=0)
@@ -96,6 +99,8 @@ if args.sheet and args.sheet not in args.metrics:
 
 rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)])
 device = torch.device('cuda', local_rank) if torch.cuda.is_available() else torch.device('cpu')
+if device.type == 'cuda':
+    torch.cuda.set_device(device)
 if world > 1:
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=2))
 
@@ -112,9 +117,9 @@ def gathered(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts, and for given pictures which file belongs to which prompt
 
-files = {}
-tied = Path(args.images) / 'metadata.jsonl'
-if args.images and tied.exists():
+files, tied = {}, Path(args.images, 'metadata.jsonl') if args.images else None
+tied = tied if tied and tied.exists() else None
+if tied:
     try:
         entries = [json.loads(line) for line in tied.read_text(encoding='utf-8').splitlines() if line.strip()]
         files = {i: Path(args.images) / e['file_name'] for i, e in enumerate(entries)}
@@ -125,17 +130,17 @@ else:
     prompts = m.read_prompts(args.prompts)
     found = sorted(f for f in Path(args.images).glob('*') if f.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp')) \
         if args.images else []
-    numbers = [re.search(r'\d+', f.stem) for f in found]
+    numbers = [re.findall(r'\d+', f.stem)[-1:] for f in found]
     files = {int(k[0]): f for k, f in zip(numbers, found)} if all(numbers) else dict(enumerate(found))
     if len(files) < len(found):
         m.die(f'--images {args.images}: two names have the same number; number them by prompt, or add a metadata.jsonl')
 n = args.n or (len(prompts) if not files else min(len(prompts), 1 + max(files)))
 if n > len(prompts):
-    m.die(f'--n {n}: {tied if args.images and tied.exists() else "--prompts " + args.prompts} has only {len(prompts)} prompts')
+    m.die(f'--n {n}: {tied or "--prompts " + args.prompts} has only {len(prompts)} prompts')
 if args.images and not any(i < n for i in files):
-    m.die(f'--images {args.images} has no picture for {n} prompts; give a folder of .png, .jpg or .webp files, one per prompt')
+    m.die(f'--images {args.images} has no picture for {n} prompts; give a folder of .png, .jpg or .webp files, one each')
 hard_file = Path(args.prompts).with_suffix('.hard.txt')
-hard = [line.split('\t') for line in m.read_prompts(hard_file)] if hard_file.exists() and not tied.exists() else [[]] * len(prompts)
+hard = [line.split('\t') for line in m.read_prompts(hard_file)] if hard_file.exists() and not tied else [[]] * len(prompts)
 if len(hard) != len(prompts):
     m.die(f'{hard_file} has {len(hard)} lines, --prompts {args.prompts} {len(prompts)}; they must match line by line')
 
@@ -149,17 +154,18 @@ elif args.pipeline:
     rows = {f'{args.pipeline}, {args.teacher_steps} steps, CFG {args.cfg:g}': (args.pipeline, args.teacher_steps)}
 else:
     teacher = lambda steps: {f'{base_name}, {steps} steps, CFG {args.cfg:g}': (base_name, steps)}
-    rows = {f'{folder}, {args.steps} steps': (str(folder), args.steps)} if args.ckpt or not args.teacher else {}
+    students = students if args.ckpt or not args.teacher else []
+    rows = {f'{folder}, {args.steps} steps': (str(folder), args.steps) for folder, _ in students}
     rows |= teacher(args.teacher_steps) if args.teacher or not args.ckpt else {}
     rows |= teacher(args.steps) if not args.teacher and not args.ckpt else {}
 
 
 def digest(source):
-    """sha256 of a folder's weights, '' for a hub id."""
+    """sha256 of a folder's weights and settings, '' for a hub id."""
     if not Path(source).is_dir():
         return ''
     whole = hashlib.sha256()
-    for file in sorted(Path(source).rglob('*.safetensors')):
+    for file in sorted(f for f in Path(source).rglob('*') if f.suffix in ('.safetensors', '.json')):
         with file.open('rb') as f:
             while block := f.read(2 ** 24):
                 whole.update(block)
@@ -168,7 +174,7 @@ def digest(source):
 
 weights = gathered({source: digest(source) for source in {s for s, _ in rows.values() if s}} if rank == 0 else None)[0]
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')} | dict(
-    rows=list(rows), n=n, weights=weights, iteration=facts['iteration'],
+    rows=list(rows), n=n, weights=weights, iterations=[f['iteration'] for _, f in students],
     prompts_sha256=hashlib.sha256('\n'.join(prompts).encode()).hexdigest())
 tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 out = Path(args.out or f'out/evaluate/{tag}.json')
@@ -184,6 +190,29 @@ real = None
 if {'cmmd', 'fid'} & {*args.metrics}:
     real = m.Pictures(args.real, args.real_files, args.image_column, args.text_column, 0, args.seed, '--real')
     n_real = min(args.n_real, len(real.rows))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the networks that score
+
+scorers, unavailable = {}, {}
+
+
+def load_scorers(device):
+    """The networks of --metrics, or why there is none."""
+    for name in dict.fromkeys('clip' if k in ('rprecision', 'cmmd') else k for k in args.metrics if k != 'fid'):
+        try:
+            scorers[name] = R.SCORES[name][0](vars(args)[name], device)
+        except R.Unavailable as error:
+            unavailable[name] = str(error)
+
+
+m.quiet()
+load_scorers('cpu')                               # before anything is drawn, but not on the device, where the pipeline goes
+for name in ('rprecision', 'cmmd'):
+    if name in args.metrics and 'clip' in unavailable:
+        unavailable[name] = unavailable['clip']
+if not scorers and 'fid' not in args.metrics:
+    m.die('none of --metrics could be had: ' + '; '.join(unavailable.values()))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures: made once, kept as PNG
@@ -253,20 +282,8 @@ pictures_of = {label: make(label, *source) if source[0] else {i: f for i, f in f
 # ---------------------------------------------------------------------------------------------------------------------
 # scores
 
-scorers, unavailable = {}, {}
-for name in METRICS[:-1]:
-    network = 'clip' if name in ('rprecision', 'cmmd') else name
-    if name in args.metrics and network not in scorers and network not in unavailable:
-        m.quiet()
-        try:
-            scorers[network] = R.SCORES[network][0](vars(args)[network], device)
-        except R.Unavailable as error:
-            unavailable[network] = str(error)
-for name in ('rprecision', 'cmmd'):
-    if name in args.metrics and 'clip' in unavailable:
-        unavailable[name] = unavailable['clip']
-if not scorers and 'fid' not in args.metrics:
-    m.die('none of --metrics could be had: ' + '; '.join(unavailable.values()))
+if device.type != 'cpu':
+    load_scorers(device)
 
 
 @torch.no_grad()
@@ -333,8 +350,8 @@ def statistics(label, index):
     scores, vectors = results[label]
     N = len(index)
     drawn = torch.randint(N, (1000, N), generator=m.generator(args.seed, 2))
-    w = torch.zeros(1000, N, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand(1000, N)) / N
-    out = {name: torch.tensor([scores[name][i] for i in index], dtype=torch.float64) for name in scores if name in args.metrics}
+    w = torch.zeros(1000, N, dtype=torch.float64).scatter_add_(1, drawn, torch.full_like(drawn, 1 / N, dtype=torch.float64))
+    out = {k: torch.tensor([scores[k][i] for i in index], dtype=torch.float64) for k in scores if k in args.metrics}
     if 'rprecision' in args.metrics and vectors:
         out['rprecision'] = torch.tensor([won[label][i] for i in index], dtype=torch.float64)
     out = {name: (x.mean().item(), w @ x) for name, x in out.items()}
@@ -355,7 +372,8 @@ won = {}
 if 'rprecision' in args.metrics and 'clip' in scorers:
     for label, (_, vectors) in results.items():
         index = readable[label]
-        won[label] = dict(zip(index, R.r_precision(scorers['clip'], [vectors[i] for i in index], index, prompts, hard, args.seed).tolist()))
+        first_of_32 = R.r_precision(scorers['clip'], [vectors[i] for i in index], index, prompts, hard, args.seed)
+        won[label] = dict(zip(index, first_of_32.tolist()))
 
 table, differences = {}, {}
 for label in rows:
@@ -407,9 +425,10 @@ def show(lines, count):
               + (f' | {row["n"]} |' if count else ' |'))
 
 
-family = base_name if not (args.images or args.pipeline) else dict(sdxl='stable-diffusion-xl').get(args.recipe or facts['recipe'], '')
+family = dict(sdxl='stable-diffusion-xl').get(args.recipe or facts['recipe'], '') if args.images or args.pipeline else base_name
 paper = next((v for k, v in PAPER.items() if k in family), {})
-show(table | {label: {k: dict(value=v) for k, v in row.items()} | dict(n='10,000 of COCO') for label, row in paper.items()}, True)
+published = {k: {name: dict(value=v) for name, v in row.items()} | dict(n='10,000 of COCO') for k, row in paper.items()}
+show(table | published, True)
 if differences:
     print()
     show(differences, False)
@@ -425,8 +444,9 @@ if args.sheet and scorers:
         picked = order[:16] + order[16:][-16:]
         sheet = out.with_name(f'{out.stem}-{args.sheet}-{k}.png')
         if picked:
-            shown = [np.array(ImageOps.fit(Image.open(pictures_of[label][index[j]]).convert('RGB'), (256, 256))) for j in picked]
-            m.picture_grid([torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2) / 127.5 - 1],
+            opened = [Image.open(pictures_of[label][index[j]]).convert('RGB') for j in picked]
+            shown = np.stack([np.array(ImageOps.fit(x, (256, 256))) for x in opened])
+            m.picture_grid([torch.from_numpy(shown).permute(0, 3, 1, 2) / 127.5 - 1],
                            [f'{titles[args.sheet][1].format(values[j])} {prompts[index[j]]}' for j in picked], sheet)
             print(f'{sheet}: the 16 best and the 16 worst of {label}')
 with m.replacing(out) as tmp:

@@ -570,8 +570,8 @@ def load_latent_reward(name, base, flag='--lrm'):
     import transformers
     from diffusers import UNet2DConditionModel
     quiet()
-    way_out = (f'give {flag} a folder with unet/, text_encoder/, text_encoder_2/ and state_dict.pt; for a base model that has none, '
-               'train one as tests/make_toy.py does, or go on with train_stage1.py')
+    way_out = (f'give {flag} a folder with unet/, text_encoder/, text_encoder_2/ and state_dict.pt; for a base model that has '
+               'none, train one as tests/make_toy.py does, or go on with train_stage1.py')
     folder = Path(name)
     try:
         if not folder.exists():
@@ -742,7 +742,8 @@ class Run:
 
     def __init__(self, args):
         self.args, self.began = args, time.time()
-        self.rank, local, self.world = (int(os.environ.get(k, d)) for k, d in [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)])
+        self.rank, local, self.world = (int(os.environ.get(k, d)) for k, d in [
+            ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)])
         self.cuda, self.master = torch.cuda.is_available(), self.rank == 0
         self.device = torch.device('cuda', local) if self.cuda else torch.device('cpu')
         at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, sample_every=0, warmup=0,
@@ -791,13 +792,15 @@ class Run:
         line: what to print, {name: label}; a name that ends in / stands for all that begin with it.
         """
         names = sorted(self.meter)
-        values = torch.stack([torch.stack(self.meter[k]).mean() for k in names] + [torch.tensor(float(self.skipped), device=self.device)])
+        values = torch.stack([torch.stack(self.meter[k]).mean() for k in names]
+                             + [torch.tensor(float(self.skipped), device=self.device)])
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
         now = time.time()
         row = dict(iteration=it) | dict(zip(names, values.tolist())) | dict(
-            seconds=(now - self.clock) / self.args.log_every, dropped=self.dropped, skipped=round(values[-1].item() * self.world),
+            seconds=(now - self.clock) / self.args.log_every, dropped=self.dropped,
+            skipped=round(values[-1].item() * self.world),
             memory=torch.cuda.max_memory_allocated() / 2 ** 30 if self.cuda else 0.)
         self.clock = now
         self.meter.clear()
@@ -805,7 +808,8 @@ class Run:
             text = ''
             for name, label in line.items():
                 found = [k for k in names if k == name or name.endswith('/') and k.startswith(name)]
-                text += f'  {label} ' + ' '.join(f'{row[k]:.4f}' + f'@{k[len(name):]}' * (k != name) for k in found) if found else ''
+                shown = ' '.join(f'{row[k]:.4f}' + f'@{k[len(name):]}' * (k != name) for k in found)
+                text += f'  {label} {shown}' if found else ''
             print(f'{it:5d}/{self.args.iters}{text}  {row["seconds"]:.2f} s/it', flush=True)
             with self.log.open('a') as file:
                 file.write(json.dumps(row) + '\n')
@@ -826,13 +830,14 @@ class Run:
         self.in_a_row = self.in_a_row + 1 if None in sizes else 0
         self.dropped += None in sizes
         if self.in_a_row == 10:
-            die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save in {self.out} is good: lower the '
-                'learning rates or --gan_weight and run again')
+            die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save in {self.out} is good: lower '
+                'the learning rates or --gan_weight and run again')
 
     def close(self):
         if self.master:
             curves(self.log, self.out / 'curves.png')
-            print(f'done: {self.out / "student"} after {self.args.iters} iterations, {(time.time() - self.began) / 60:.1f} minutes, '
+            minutes = (time.time() - self.began) / 60
+            print(f'done: {self.out / "student"} after {self.args.iters} iterations, {minutes:.1f} minutes, '
                   f'{self.dropped} iterations with a dropped update, {self.skipped} pictures skipped; '
                   f'python sample.py --ckpt {self.out}')
         if self.world > 1:
@@ -869,8 +874,8 @@ class Distillation:
         self.side = (args.gan_crop or base.size) // self.scale                               # of the decoded latents
         self.nets = {'student': self.student, 'fake': self.fake} | ({'heads': self.heads} if self.heads else {})
         self.rates = {'student': args.student_lr, 'fake': args.fake_lr, 'heads': args.heads_lr}
-        self.opts = {k: torch.optim.AdamW([w for w in net.parameters() if w.requires_grad], lr=self.rates[k], betas=(.9, .999),
-                                          weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
+        self.opts = {k: torch.optim.AdamW([w for w in net.parameters() if w.requires_grad], lr=self.rates[k],
+                                          betas=(.9, .999), weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
         self.d_loss, self.g_loss = gan_losses(args.gan)
         # DMD2's latent critic is the fake score itself, so its loss enters the fake score's update with a small weight
         self.critic_weight = 1. if args.gan == 'pixel' else 1e-2
@@ -900,7 +905,8 @@ class Distillation:
         for k in range(0, len(texts), micro):
             part = slice(k, k + micro)
             out.append(SimpleNamespace(
-                y=self.base.encode(texts[part]), eps=normals[part].to(self.base.device), u=uniforms[part].to(self.base.device),
+                y=self.base.encode(texts[part]), eps=normals[part].to(self.base.device),
+                u=uniforms[part].to(self.base.device),
                 texts=texts[part], pixels=None if pixels is None else pixels[part], last=k + micro >= len(texts)))
         return out
 
@@ -950,7 +956,8 @@ class Distillation:
                 seen = self.view(leaf, it)                                                     # pixels (b, 3, H, W)
                 part.seen = seen.detach()
             if args.gan != 'none' and turn:
-                adv = self.g_loss(self.judge(self.heads, seen, part.eps[:, S + 2], self.schedule.between(part.u[:, 1], 0, 999), part.y))
+                t_g = self.schedule.between(part.u[:, 1], 0, 999)                                    # the latent GAN's
+                adv = self.g_loss(self.judge(self.heads, seen, part.eps[:, S + 2], t_g, part.y))
                 d_adv, = torch.autograd.grad(adv, leaf)                                                 # dAdv/dz
                 self.run.note('gan/g', adv), self.run.note('grad/gan', sample_norm(d_adv) * args.gan_weight)
 
@@ -964,7 +971,8 @@ class Distillation:
         """Items 5 and 6: the fake score learns the student's samples, eq. 6; the discriminator tells real from generated."""
         S, base, u = len(self.steps), self.base, part.u
         with self.sync('fake', part.last), self.sync('heads', part.last):
-            loss = diffusion_loss(base, self.wrapped['fake'], part.x0, part.eps[:, S + 3], self.schedule.between(u[:, 2], 0, 999), part.y)
+            t_f = self.schedule.between(u[:, 2], 0, 999)
+            loss = diffusion_loss(base, self.wrapped['fake'], part.x0, part.eps[:, S + 3], t_f, part.y)
             self.run.note('fake', loss)
             if self.args.gan != 'none':
                 both = torch.cat([self.real_view(part.pixels.to(base.device), it), part.seen])
@@ -1105,7 +1113,8 @@ def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
         places = [Path(ckpt) / 'student', Path(ckpt)]
     else:
         students = [Path(run) / 'student' for run in runs]
-        places = sorted((r for r in students if (r / 'student.json').exists()), key=lambda r: -(r / 'student.json').stat().st_mtime)
+        places = [r for r in students if (r / 'student.json').exists()]
+        places.sort(key=lambda r: -(r / 'student.json').stat().st_mtime)
         places.append(shipped)
     for place in places:
         if (place / 'student.json').exists():

@@ -470,7 +470,8 @@ def r_precision(clip, vectors, index, prompts, near, seed):
     texts = sorted({text for choice in choices for text in choice})
     place = {text: k for k, text in enumerate(texts)}
     embedded = torch.cat([clip.embed_texts(texts[k:k + 256]).cpu() for k in range(0, len(texts), 256)])
-    return torch.tensor([(v @ embedded[[place[t] for t in choice]].T).argmax() == 0 for v, choice in zip(vectors, choices)]).double()
+    won = [(v @ embedded[[place[t] for t in choice]].T).argmax() == 0 for v, choice in zip(vectors, choices)]
+    return torch.tensor(won).double()
 
 
 def frechet(x, y):

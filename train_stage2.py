@@ -35,15 +35,15 @@ RECIPES = {
     'sdxl': dict(
         sam='vit_b', data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
         text_column='json.prompt', prompts='assets/prompts.txt', lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2,
-        batch=64, micro=1, iters=2000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6, beta=500., warmup=50, cooldown=0,
-        checkpointing=True, critic_warmup=100, save_every=250, sample_every=250, eval_every=250, log_every=6,
-        judge=R.CLIP_L, pickscore='yuvalkirstain/PickScore_v1', real='', real_files=''),
+        batch=64, micro=1, iters=2000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6,
+        beta=500., warmup=50, cooldown=0, checkpointing=True, critic_warmup=100, save_every=250, sample_every=250,
+        eval_every=250, log_every=6, judge=R.CLIP_L, pickscore='yuvalkirstain/PickScore_v1', real='', real_files=''),
     'toy': dict(
         sam='assets/toy/sam.pth', data='assets/toy/data', data_files='train.parquet', image_column='image',
         text_column='text', prompts='assets/toy/data/prompts.txt', lrm='assets/toy/lrm', cfg=3., gan_weight=.1,
-        batch=16, micro=16, iters=600, student_lr=2e-5, fake_lr=1e-4, heads_lr=2e-4, rl_lr=2e-5, beta=500., warmup=30, cooldown=0,
-        checkpointing=False, critic_warmup=30, save_every=100, sample_every=100, eval_every=100, log_every=12,
-        judge='assets/toy/clip', pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet'),
+        batch=16, micro=16, iters=330, student_lr=2e-5, fake_lr=1e-4, heads_lr=2e-4, rl_lr=1e-5,
+        beta=500., warmup=30, cooldown=0, checkpointing=False, critic_warmup=30, save_every=110, sample_every=110,
+        eval_every=110, log_every=6, judge='assets/toy/clip', pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet'),
 }
 
 p = m.parser(__doc__)
@@ -53,16 +53,18 @@ p.add_argument('--out', default='out/stage2', help='folder of the run; holds its
 m.training_flags(p, model_help="teacher; the student's own unless given")
 # preference
 p.add_argument('--lrm', help="latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder")
-p.add_argument('--joint', action=argparse.BooleanOptionalAction, default=True, help='distil as well; no: preference updates only')
+p.add_argument('--joint', action=argparse.BooleanOptionalAction, default=True,
+               help='distil as well; no: preference updates only')
 p.add_argument('--rl_ratio', type=int, default=5, help='preference updates after each distillation iteration')
 p.add_argument('--rl_steps', choices=['high', 'all'], default='high',
                help="student steps s that get preference updates: those that lead to a high-noise step, or all but the last")
 p.add_argument('--rl_lr', type=float, help="the student's learning rate in preference updates")
-p.add_argument('--rl_prompts', default='', help='text file of prompts for the preference updates; empty: the captions of --data')
+p.add_argument('--rl_prompts', default='', help='text file of prompts for preference updates; empty: the captions of --data')
 p.add_argument('--candidates', type=int, default=4, help='K, next states drawn from each z_s')
 p.add_argument('--beta', type=float, help='sharpness of the preference; log-probabilities are means over dimensions')
 p.add_argument('--clamp', type=float, default=0., help='keep p / p_ref within 1 -+ this, as LPO and PSO do; 0: off')
-p.add_argument('--critic_warmup', type=int, help='iterations for fake score and discriminator alone, where they are not handed on')
+p.add_argument('--critic_warmup', type=int,
+               help='first iterations, for fake score and discriminator alone, where stage 1 does not hand them on')
 # watching
 p.add_argument('--eval_every', type=int, help='iterations between evaluations on the first --eval_n of --prompts; 0: none')
 p.add_argument('--eval_n', type=int, default=128, help='prompts of an evaluation')
@@ -75,7 +77,8 @@ folder, facts = m.find_student(first.init, '--init', ['out/stage1'])
 handed = Path(folder).parent / 'args.json'
 handed = json.loads(handed.read_text()) if handed.exists() else {}
 recipe = first.recipe or facts['recipe']
-own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every', 'log_every', 'wandb'}
+own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
+       'log_every', 'wandb'}                                                                # not handed on
 p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps'])))
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
 p.set_defaults(**handed)
@@ -154,7 +157,8 @@ for name, network in [('judge', R.Clip), ('pickscore', R.PickScore)] if args.eva
 if 'judge' in judges and run.master:
     real = m.Pictures(args.real or args.data, args.real_files if args.real else args.data_files, args.image_column,
                       args.text_column, base.size, args.seed, '--real')
-    real = torch.cat([judges['judge'].embed_images(real[i]['pixels'][None] / 2 + .5).cpu() for i in range(min(512, len(real.rows)))])
+    real = torch.cat([judges['judge'].embed_images(real[i]['pixels'][None] / 2 + .5).cpu()
+                      for i in range(min(512, len(real.rows)))])
     hard = Path(args.prompts).with_suffix('.hard.txt')
     hard = [x.split('\t') for x in m.read_prompts(hard)] if hard.exists() else [[]] * len(watched)
 
@@ -183,7 +187,7 @@ def evaluate(it):
             v = torch.cat([found[i][1] for i in range(len(watched))])                                        # (n, D)
             row['rprecision'] = R.r_precision(judges['judge'], v, range(len(v)), watched, hard, args.seed).mean().item()
             row['cmmd'] = R.cmmd(v, real)
-        print(f'{it:5d}/{args.iters}  evaluation  ' + '  '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'iteration'), flush=True)
+        run.print(f'{it:5d}/{args.iters}  evaluation  ' + '  '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'iteration'))
         with (run.out / 'eval.jsonl').open('a') as file:
             file.write(json.dumps(row) + '\n')
 
@@ -224,7 +228,8 @@ for it in range(start, args.iters + 1):
         d.learning_rates(it, student=args.rl_lr)
         s = d.choose(it, 1, rl_steps)
         parts = d.parts(it, texts(it), extra=args.candidates)
-        a, sigma = d.schedule.alpha(steps[s + 1:s + 2]), d.schedule.sigma(steps[s + 1:s + 2])            # of s', the next step
+        next_t = steps[s + 1:s + 2]                                                                  # s'
+        a, sigma = d.schedule.alpha(next_t), d.schedule.sigma(next_t)
         for part in parts:
             with d.sync('student', part.last):
                 z_s, t = d.reach(part, s)
@@ -233,7 +238,7 @@ for it in range(start, args.iters + 1):
                     x_ref = base.x0(reference, z_s, t, part.y)
                     z = a * x0[:, None] + sigma * part.eps[:, len(steps):]                            # (b, K, C, h, w)
                     y = [v.repeat_interleave(args.candidates, 0) for v in reward.encode(part.texts)]
-                    r = reward(z.flatten(0, 1), steps[s + 1].expand(z[:, :, 0, 0, 0].numel()), y).view(z.shape[:2])   # (b, K)
+                    r = reward(z.flatten(0, 1), next_t.expand(len(y[0]) // 2), y).view(z.shape[:2])          # (b, K)
                     w, l = (z[torch.arange(len(z)), k] for k in (r.argmax(1), r.argmin(1)))           # (b, C, h, w)
                     sound = r.isfinite().all(1)                        # a group with a NaN among its rewards teaches nothing
                 # log p(w) / p_ref(w) - log p(l) / p_ref(l): both have the mean alpha' x0, so the squares cancel and what is

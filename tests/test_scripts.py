@@ -276,6 +276,24 @@ def test_the_first_ratios_are_one(tmp_path):
     assert all(row['rl/unsound'] == 0 and row['rl/gap'] > 0 for row in rows)
 
 
+def test_candidates_are_the_samplers_next_states_scored_at_their_own_noise(tmp_path, monkeypatch):
+    """The script itself, in this process, with an ear at the reward: K states per prompt, spread by sigma', labelled s'."""
+    import runpy
+    import model as m
+    seen, forward = [], m.LatentReward.forward
+    monkeypatch.setattr(m.LatentReward, 'forward', lambda self, z, t, y: seen.append((z, t)) or forward(self, z, t, y))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['train_stage2.py', *'--recipe toy --init assets/toy/student --no-joint --gan none --iters 6 '
+                                      '--batch 2 --micro 2 --candidates 8 --eval_every 0 --sample_every 0 --out'.split(),
+                                      str(tmp_path / 'run')])
+    schedule = runpy.run_path('train_stage2.py', run_name='__main__')['base'].schedule
+    assert {int(t) for _, ts in seen for t in ts} == {749, 499}
+    for z, t in seen:
+        assert z.shape == (16, 16, 8, 8) and len(t.unique()) == 1
+        spread = z.view(2, 8, -1).var(1).mean().sqrt()
+        assert abs(spread / schedule.sigma(t[:1]).item() - 1) < .05
+
+
 JOINT = ['--iters', 6, '--critic_warmup', 1, '--rl_ratio', 2, '--save_every', 3]
 
 
@@ -397,7 +415,7 @@ BAD = [
     ('train_stage2.py', ['--clamp', 1], '--clamp 1'),
     ('train_stage2.py', ['--rl_ratio', 0], '--rl_ratio 0'),
     ('train_stage2.py', ['--rl_steps', 249], 'invalid choice'),
-    ('train_stage2.py', ['--steps', 2, '--no-split'], '--rl_steps high'),
+    ('train_stage2.py', ['--steps', 1, '--no-split'], '--rl_steps high'),
     ('train_stage2.py', ['--lrm', 'TMP/nowhere'], '--lrm'),
     ('train_stage2.py', ['--lrm', 'some-body/no-such-lrm'], '--lrm'),
     ('train_stage2.py', ['--lrm', 'TMP/lrm_short'], '--lrm'),
