@@ -476,7 +476,7 @@ def make_sam():
 
     sam = fit('sam', torch.nn.ModuleDict(dict(sam=sam)), loss, 1000, 1e-3, ema=.998)['sam']
     with torch.no_grad():
-        images, points, target = batch(2, 512, torch.Generator().manual_seed(0))
+        images, points, target = batch(2, min(512, args.pictures), torch.Generator().manual_seed(0))
         iou = torch.cat([overlap(masks_of(sam, a, b)[0], c) for a, b, c in
                          zip(images.split(64), points.split(64), target.split(64))])
     print(f'sam: held-out IoU {iou.mean():.3f} over {len(iou)} points')
@@ -682,7 +682,7 @@ def make_teacher():
     with torch.no_grad():
         rows = [pipe((OUT / 'data/prompts.txt').read_text().split('\n')[:12], num_inference_steps=n, guidance_scale=w,
                      generator=torch.Generator().manual_seed(0), output_type='pt').images * 2 - 1
-                for n, w in [(50, 1.01), (50, 2), (50, 4), (50, 8), (4, 4)]]
+                for n, w in [(min(50, args.iters or 50), w) for w in (1.01, 2, 4, 8)] + [(4, 4)]]
     show(rows, 'teacher.png')
     finish(lambda folder: pipe.to(torch.float16).save_pretrained(folder), 'sdxl')
 
