@@ -775,7 +775,7 @@ class Run:
         if self.master:
             for file, until in (self.log, start), (self.out / 'eval.jsonl', start - 1):
                 old = [x for x in file.read_text().splitlines() if x.endswith('}')] if file.exists() else []
-                if old:
+                if old or file == self.log:
                     file.write_text(''.join(x + '\n' for x in old if json.loads(x)['iteration'] <= until))
             (self.out / 'args.json').write_text(json.dumps(vars(self.args), indent=1))
             if self.args.wandb:
