@@ -736,6 +736,8 @@ def make_lrm():
                              for k in range(0, len(captions), 100)]).cpu()
         print(f'lrm: held-out accuracy at t = {t}: {accuracy_by_kind((two[:, 0] > two[:, 1]).numpy(), kinds)}')
 
+    reward.unet.register_to_config(_name_or_path='')                                      # a path of this machine otherwise
+
     def build(folder):
         reward.unet.half().save_pretrained(folder / 'unet')
         for name in ('text_encoder', 'text_encoder_2'):
