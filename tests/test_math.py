@@ -406,7 +406,6 @@ def latent_reward_of(base, unet):
     base.pipe = SimpleNamespace(components={})
     text = nn.Module()
     text.config = SimpleNamespace(projection_dim=1280)
-    type(base.pipe)
     reward.__init__(base, unet, text, text)
     return reward.to('meta')
 
