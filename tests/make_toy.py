@@ -16,6 +16,7 @@ checkpoint in --work. Components:
     student  what `python train_stage1.py --recipe toy` makes of the teacher
     pickscore  the CLIP, trained on preference pairs: PickScore's format
     lrm      latent reward model in LPO's layout, trained on the same kind of pairs at every noise level
+    sd3      StableDiffusion3Pipeline without T5: a small MMDiT trained on the flow, on sdxl's VAE and frozen text encoders
 """
 
 import argparse
@@ -33,7 +34,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm']
+COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm', 'sd3']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures: one or two shaded objects with a drop shadow on a lit, grainy background
@@ -685,6 +686,66 @@ def make_teacher():
                 for n, w in [(min(50, args.iters or 50), w) for w in (1.01, 2, 4, 8)] + [(4, 4)]]
     show(rows, 'teacher.png')
     finish(lambda folder: pipe.to(torch.float16).save_pretrained(folder), 'sdxl')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the second teacher: SD3's classes, trained on v = eps - x0 with the caption empty one time in ten
+
+def make_sd3():
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    vae = AutoencoderKL.from_pretrained(OUT / 'sdxl/vae')
+    old = CLIPTextModel.from_pretrained(OUT / 'sdxl/text_encoder')
+    one = CLIPTextModelWithProjection(CLIPTextConfig(**old.config.to_dict() | dict(projection_dim=old.config.hidden_size)))
+    one.load_state_dict(old.state_dict(), strict=False)
+    two = CLIPTextModelWithProjection.from_pretrained(OUT / 'sdxl/text_encoder_2')
+    for net in (vae, one, two):                                                       # a path of this machine otherwise
+        net.register_to_config(_name_or_path='') if net is vae else setattr(net.config, '_name_or_path', '')
+    # 16 tokens hold the longest caption, 14
+    tokenizers = [CLIPTokenizer.from_pretrained(OUT / f'sdxl/{name}', model_max_length=16) for name in ('tokenizer', 'tokenizer_2')]
+    width = one.config.hidden_size + two.config.hidden_size
+    net = SD3Transformer2DModel(
+        sample_size=SIZE // 8, patch_size=1, in_channels=16, out_channels=16, num_layers=6, attention_head_dim=32,
+        num_attention_heads=3, joint_attention_dim=width, caption_projection_dim=96, pos_embed_max_size=SIZE // 8,
+        pooled_projection_dim=one.config.projection_dim + two.config.projection_dim)
+    pipe = StableDiffusion3Pipeline(
+        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.), vae=vae, text_encoder=one, text_encoder_2=two,
+        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], text_encoder_3=None, tokenizer_3=None).to(DEVICE, torch.float32)
+    scenes, images = pool()
+    file = WORK / 'latents_sd3.pt'
+    if not file.exists():
+        with torch.no_grad():
+            moments = [pipe.vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean.cpu()
+                       for k in tqdm(range(0, len(images), 100), desc='latents')]
+            captions = [caption(s) for s in scenes] + ['']
+            words = [[y.cpu().half() for y in pipe.encode_prompt(part, part, part, max_sequence_length=16,
+                                                                 do_classifier_free_guidance=False)[::2]]
+                     for part in (captions[k:k + 200] for k in tqdm(range(0, len(captions), 200), desc='captions'))]
+        torch.save(dict(latents=torch.cat(moments), y=[torch.cat(y) for y in zip(*words)]), file)
+    saved = torch.load(file, weights_only=True)
+    latents, y = saved['latents'], saved['y']
+    vae.register_to_config(shift_factor=round(latents.mean().item(), 4))                       # SD3's VAEs have one
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def loss(nets, i, g):
+        index = torch.randint(len(latents), (64,), generator=g)
+        x0, eps = latents[index].to(DEVICE), torch.randn(64, *latents.shape[1:], generator=g).to(DEVICE)
+        # logit-normal times, as SD3's; their mean leans to high noise, where colours and shapes are decided
+        s = torch.sigmoid(.6 + 1.2 * torch.randn(64, generator=g)).to(DEVICE)
+        index[torch.rand(64, generator=g) < .1] = len(latents)                                      # the empty caption
+        a = s.view(-1, 1, 1, 1)
+        out = nets['net']((1 - a) * x0 + a * eps, timestep=1000 * s, encoder_hidden_states=y[0][index].to(DEVICE).float(),
+                          pooled_projections=y[1][index].to(DEVICE).float()).sample
+        mse = F.mse_loss(out, eps - x0)
+        return mse, dict(mse=mse)
+
+    fit('sd3', torch.nn.ModuleDict(dict(net=net)), loss, 6000, 1.5e-3, ema=.999)
+    with torch.no_grad():
+        rows = [pipe((OUT / 'data/prompts.txt').read_text().split('\n')[:12], num_inference_steps=n, guidance_scale=w,
+                     generator=torch.Generator().manual_seed(0), output_type='pt', max_sequence_length=16).images * 2 - 1
+                for n, w in [(min(28, args.iters or 28), w) for w in (1.01, 2, 4, 7)] + [(4, 4)]]
+    show(rows, 'sd3.png')
+    finish(lambda folder: pipe.to(torch.float16).save_pretrained(folder), 'sd3')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
