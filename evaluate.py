@@ -48,6 +48,7 @@ RECIPES = {
                 real='assets/toy/data', real_files='test.parquet', image_column='image', text_column='text', cfg=3.,
                 metrics=['clip', 'pickscore', 'rprecision', 'cmmd']),
 }
+RECIPES |= {'sd3': RECIPES['sdxl'] | dict(teacher_steps=28), 'toy-sd3': RECIPES['toy'] | dict(teacher_steps=28)}
 # Flash-DMD's tables 1 to 3: 10,000 prompts of COCO 2014. Which CLIP and which version of HPSv2 is not stated there
 PAPER = {
     'stable-diffusion-xl': {
@@ -237,7 +238,10 @@ def make(label, source, steps):
     names = {i: place / f'{i:06d}.png' for i in range(n)}
     missing = [i for i in mine if not names[i].exists()]
     if missing:
-        pipe = m.load_pipeline(source, '--pipeline' if args.pipeline else '--ckpt', dtype).to(device)
+        own = next((f for folder, f in students if str(folder) == source and not args.pipeline), None)
+        pipe = m.load_student(source, own, dtype) if own else m.load_pipeline(
+            source, '--pipeline' if args.pipeline else '--ckpt', dtype, None if args.pipeline else facts.get('t5'))
+        pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         began = time.time()
         for k in tqdm(range(0, len(missing), args.batch), desc=label, disable=rank > 0):
@@ -425,7 +429,8 @@ def show(lines, count):
               + (f' | {row["n"]} |' if count else ' |'))
 
 
-family = dict(sdxl='stable-diffusion-xl').get(args.recipe or facts['recipe'], '') if args.images or args.pipeline else base_name
+family = dict(sdxl='stable-diffusion-xl', sd3='stable-diffusion-3')
+family = family.get(args.recipe or facts['recipe'], '') if args.images or args.pipeline else base_name
 paper = next((v for k, v in PAPER.items() if k in family), {})
 published = {k: {name: dict(value=v) for name, v in row.items()} | dict(n='10,000 of COCO') for k, row in paper.items()}
 show(table | published, True)

@@ -13,6 +13,7 @@ ADM (2507.18569) for the discriminator heads, SenseFlow (2506.00523) for the cou
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -200,25 +201,36 @@ class Schedule:
         """n student steps, evenly spaced and starting from pure noise: 4 gives 999, 749, 499, 249, or for flow matching
         with shift 3: 1000, 900, 750, 500."""
         u = torch.arange(n, 0, -1).double() / n
-        if self.kind == 'flow':
-            return (1000 * self.shift * u / (1 + (self.shift - 1) * u)).float()
-        return (1000 * u - 1).round().float()
+        return self._shifted(u).float() if self.kind == 'flow' else (1000 * u - 1).round().float()
+
+    def _shifted(self, u):
+        """A flow's noise level u in [0, 1] -> t, moved towards noise by the pipeline's shift (SD3, arXiv 2403.03206, eq. 23)."""
+        return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
 
     def low_noise(self, t):
         """True where SNR >= 1, the steps of the pixel GAN; t (B,). SNR is exactly 1 at SD3's last step, t = 500."""
         return self.snr(t) >= 1 - 1e-6
 
     def between(self, u, low, high):
-        """Uniforms u in [0, 1) -> times t in [low, high], whole numbers where the schedule is a table."""
-        return low + (high - low) * u if self.kind == 'flow' else (low + (high - low + 1) * u).floor()
+        """Uniforms u in [0, 1) -> times t in [low, high]: whole numbers where the schedule is a table, for a flow what the shift
+        makes of them."""
+        if self.kind == 'flow':
+            return self._shifted((low + (high - low) * u) / 1000)
+        return (low + (high - low + 1) * u).floor()
+
+    def training(self, u):
+        """Uniforms u in [0, 1) -> the times a network of this kind learns its own target at: uniform over the table, for a flow
+        logit-normal and shifted (SD3)."""
+        return self._shifted(torch.special.ndtri(u).sigmoid()) if self.kind == 'flow' else self.between(u, 0, 999)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the base model: a diffusers pipeline taken apart
 
 
-def load_pipeline(name, flag, dtype):
-    """DiffusionPipeline from a folder or a hub id; ends with one sentence when there is none. dtype as diffusers takes it."""
+def load_pipeline(name, flag, dtype, t5=None):
+    """DiffusionPipeline from a folder or a hub id, dtype as diffusers takes it; ends with one sentence when there is none.
+    t5: of an SD3 pipeline's third text encoder, False leaves it on the disk, True insists on it, None takes what is there."""
     import diffusers
     quiet()
     if Path(name).exists() and not (Path(name) / 'model_index.json').exists():
@@ -226,12 +238,26 @@ def load_pipeline(name, flag, dtype):
     if not Path(name).exists() and (str(name).count('/') != 1 or str(name)[0] in './~'):
         die(f'{flag} {name} does not exist')
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True)
+        # a pipeline saved without its T5 has to be told so again
+        parts = diffusers.DiffusionPipeline.load_config(str(name))
+        without = {k: None for k in ('text_encoder_3', 'tokenizer_3') if k in parts and (t5 is False or not parts[k][0])}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **without)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         reason = ' '.join(str(error).split())[:300]
         if Path(name).exists():
             die(f'{flag} {name} is damaged or not a pipeline of safetensors files: {reason}')
         die(f'{flag} {name} could not be downloaded; {flag} assets/toy/sdxl runs offline ({reason})')
+    if t5 and not getattr(pipe, 'text_encoder_3', None):
+        die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
+    return pipe
+
+
+def text_length(pipe):
+    """Arguments for encode_prompt and a call of `pipe` that fix the length of its T5 context, where it has one: 256 tokens as
+    diffusers has it, but without a T5 as many zeros as CLIP has tokens, SD3's own training, not 256."""
+    if not hasattr(pipe, 'text_encoder_3'):
+        return {}
+    return dict(max_sequence_length=256 if pipe.text_encoder_3 else pipe.tokenizer_max_length)
 
 
 class Base:
@@ -239,39 +265,65 @@ class Base:
 
     Networks are called as base.x0(net, xt, t, y, cfg) or base.predict(net, xt, t, y), where net is the teacher or any
     copy of it, xt (B, C, H, W) latents, t (B,) and y = base.encode(prompts). dtype is the teacher's and the text
-    encoders'; the VAE stays in fp32, because SDXL's overflows in fp16.
+    encoders'; the VAE stays in fp32, because SDXL's overflows in fp16. t5 as for load_pipeline; with offload the text
+    encoders wait in main memory between calls.
     """
 
-    def __init__(self, name, flag='--model', device='cpu', dtype=torch.float32):
-        self.name, self.device = str(name), torch.device(device)
-        self.pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype})
+    # the name of the network in a pipeline; but for it, condition() and the arguments of encode_prompt the families are alike
+    FAMILIES = {'StableDiffusionXLPipeline': 'unet', 'StableDiffusion3Pipeline': 'transformer'}
+
+    def __init__(self, name, flag='--model', device='cpu', dtype=torch.float32, t5=None, offload=False):
+        self.name, self.device, self.offload = str(name), torch.device(device), offload
+        self.pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5)
         family = type(self.pipe).__name__
-        if family != 'StableDiffusionXLPipeline':
-            die(f'{flag} {name} is a {family}; this version distils StableDiffusionXLPipeline models')
+        if family not in self.FAMILIES:
+            die(f'{flag} {name} is a {family}; this version distils {" and ".join(self.FAMILIES)} models')
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.to(device)
-        self.teacher, self.vae = self.pipe.unet.eval(), self.pipe.vae.eval()
-        for net in (self.teacher, self.vae, self.pipe.text_encoder, self.pipe.text_encoder_2):
+        self.part = self.FAMILIES[family]
+        self.teacher, self.vae = getattr(self.pipe, self.part).eval().to(device), self.pipe.vae.eval().to(device)
+        self.encoders = [net for net in (self.pipe.components.get(f'text_encoder{k}') for k in ('', '_2', '_3')) if net]
+        for net in (self.teacher, self.vae, *self.encoders):
             net.requires_grad_(False)
         self.schedule = Schedule(self.pipe.scheduler)
         self.size = self.teacher.config.sample_size * self.pipe.vae_scale_factor           # pixels
         self.latent_shape = (self.teacher.config.in_channels,) + (self.teacher.config.sample_size,) * 2
+        self.texts = text_length(self.pipe) | ({} if self.part == 'unet' else dict(prompt_2=None, prompt_3=None))
+        if not offload:
+            self.pipe.to(device)
         self.uncond = self._encode([''], empty=True)
 
-    def trainable(self):
-        """A copy of the teacher with fp32 weights of its own, read from the files, not from the bf16 teacher."""
-        net = type(self.teacher).from_pretrained(self.name, subfolder='unet', dtype=torch.float32)
-        return net.to(self.device).train()
+    def trainable(self, lora=None):
+        """A copy of the teacher to train: with fp32 weights of its own, read from the files, not from the bf16 teacher; or, given
+        a peft LoraConfig, with the teacher's own frozen tensors and new fp32 adapters."""
+        if lora is None:
+            net = type(self.teacher).from_pretrained(self.name, subfolder=self.part, dtype=torch.float32)
+            return net.to(self.device).train()
+        net = twin(self.teacher)
+        net.add_adapter(lora)
+        for w in trained(net).values():
+            w.data = w.data.to(self.device, torch.float32)
+        return net.train()
 
     @torch.no_grad()
     def _encode(self, prompts, empty=False):
         # with empty=True the pipeline's own negative: zeros for SDXL (force_zeros_for_empty_prompt), else the encoded ''
-        e, n, pe, pn = self.pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=empty)
+        for net in self.encoders if self.offload else ():
+            net.to(self.device)
+        e, n, pe, pn = self.pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=empty, **self.texts)
+        for net in self.encoders if self.offload else ():
+            net.to('cpu')
         return (n, pn) if empty else (e, pe)
 
     def encode(self, prompts):
         """List of B strings -> y = (embeddings (B, L, D), pooled (B, P)), without gradient."""
         return self._encode(list(prompts))
+
+    def condition(self, pooled):
+        """What the network takes beside latents, time and embeddings; pooled (B, P)."""
+        if self.part == 'transformer':
+            return dict(pooled_projections=pooled)
+        sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], device=pooled.device)
+        return dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=sizes.expand(len(pooled), 6)))
 
     def autocast(self):
         """bf16 autocast on CUDA, nothing elsewhere."""
@@ -279,11 +331,8 @@ class Base:
 
     def predict(self, net, xt, t, y):
         """net's own output at (xt, t) under y, (B, C, H, W) float32; bf16 autocast inside on CUDA."""
-        sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], device=xt.device)
         with self.autocast():
-            out = net(xt, t, encoder_hidden_states=y[0],
-                      added_cond_kwargs=dict(text_embeds=y[1], time_ids=sizes.expand(len(xt), 6))).sample
-        return out.float()
+            return net(xt, timestep=t, encoder_hidden_states=y[0], **self.condition(y[1])).sample.float()
 
     def x0(self, net, xt, t, y, cfg=1.):
         """Predicted clean latents. With cfg = w != 1 guided as uncond + w (cond - uncond); w = 1 is no guidance."""
@@ -307,10 +356,59 @@ class Base:
     @torch.no_grad()
     def teacher_samples(self, prompts, noise, steps, cfg):
         """The teacher's own pictures, by its pipeline and scheduler: noise (B, C, h, w) -> pixels (B, 3, H, W)."""
-        dtype = self.teacher.dtype
-        z = self.pipe(list(prompts), num_inference_steps=steps, guidance_scale=cfg, latents=noise.to(self.device, dtype),
-                      height=self.size, width=self.size, output_type='latent').images
+        self.pipe.to(self.device)
+        z = self.pipe(list(prompts), num_inference_steps=steps, guidance_scale=cfg, height=self.size, width=self.size,
+                      latents=noise.to(self.device, self.teacher.dtype), output_type='latent', **text_length(self.pipe)).images
+        for net in self.encoders if self.offload else ():
+            net.to('cpu')
         return self.decode(z.float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA: a student or fake score that has the teacher's frozen tensors, not a copy of them, and adapters of its own. One set of
+# base weights serves all networks, no adapter is ever switched, and the teacher has none
+
+
+def trained(net):
+    """{name: parameter} of what net trains: all of it, the adapters, or the discriminator's heads."""
+    return {k: w for k, w in net.named_parameters() if w.requires_grad}
+
+
+@torch.no_grad()
+def load_trained(net, tensors):
+    """Puts tensors {name: value} into trained(net); RuntimeError where names or shapes are not the same."""
+    mine = trained(net)
+    odd = sorted(mine.keys() ^ tensors.keys()) or [k for k in mine if mine[k].shape != tensors[k].shape]
+    if odd:
+        raise RuntimeError(f'{len(odd)} tensors are missing, too many or of another shape, {odd[0]} among them')
+    for k, w in mine.items():
+        w.copy_(tensors[k])
+
+
+def twin(net):
+    """A copy of net that shares its frozen parameters and its buffers."""
+    shared = [w for w in net.parameters() if not w.requires_grad] + list(net.buffers())
+    return copy.deepcopy(net, {id(w): w for w in shared})
+
+
+ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out']
+
+
+def lora_config(net, rank, alpha, targets):
+    """peft's LoraConfig for adapters B A alpha / rank on the modules of net whose names end in one of targets ('attention': the
+    projections of all attention layers); one sentence where there is none, or one smaller than the rank."""
+    from peft import LoraConfig
+    ends = ATTENTION if targets == 'attention' else [x.strip() for x in targets.split(',')]
+    found = {k: w for k, w in net.named_modules() if any(k == x or k.endswith('.' + x) for x in ends)}
+    wrong = [k for k, w in found.items() if not isinstance(w, (nn.Linear, nn.Conv2d))]
+    if not found or wrong:
+        die(f'--lora_targets {targets}: ' + (f'{wrong[0]} is no linear layer or convolution' if wrong else 'the network has no '
+            'such module') + "; give the ends of modules' names, with commas, or attention")
+    least = min(found, key=lambda k: min(found[k].weight.shape[:2]))
+    if rank > min(found[least].weight.shape[:2]):
+        die(f'--lora {rank} is more than {least} has, {tuple(found[least].weight.shape[:2])}; choose at most '
+            f'{min(found[least].weight.shape[:2])}')
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=ends, init_lora_weights='gaussian')
 
 
 def backward_simulation(base, net, steps, noise, y, first=0, stop=None, x0=None):
@@ -382,9 +480,10 @@ def gan_losses(kind):
 
 @torch.no_grad()
 def couple(fake, student, c):
-    """psi <- c psi + (1 - c) theta on the fake score's live weights (Flash-DMD eq. 11); c = 1 leaves it alone."""
+    """psi <- c psi + (1 - c) theta on the fake score's live weights, with LoRA on its adapters (Flash-DMD eq. 11); c = 1 leaves
+    it alone."""
     if c < 1:
-        torch._foreach_lerp_(list(fake.parameters()), list(student.parameters()), 1 - c)
+        torch._foreach_lerp_(list(trained(fake).values()), list(trained(student).values()), 1 - c)
 
 
 def update(opt, net, clip=1.):
@@ -503,18 +602,27 @@ class _Stop(Exception):
 
 
 def encoder_features(base, net, xt, t, y):
-    """A UNet's way down at (xt, t, y): the output of each down stage before its downsampler and that of the mid block, a
-    list of (B, C, h, w) float32. The up path is not computed. net must be the bare module, not its DDP wrapper."""
+    """What the first half of a network makes of (xt, t, y), a list of maps (B, C, h, w) float32: of a UNet the output of each
+    down stage before its downsampler and that of the mid block, of a transformer the image tokens after each block. The other
+    half is not computed. net must be the bare module, not its DDP wrapper."""
     stages = []
 
     def stage(block, inputs, output):                # (result, one residual for each resnet and for the downsampler)
         stages.append(output[1][len(block.resnets) - 1])
 
-    def stop(block, inputs, output):
+    def tokens(block, inputs, output):                                                            # (text, image (B, h w, C))
+        stages.append(output[1].transpose(1, 2).unflatten(2, (round(output[1].shape[1] ** .5), -1)))
+
+    def middle(block, inputs, output):
         stages.append(output)
+
+    def stop(block, inputs, output):
         raise _Stop
 
-    hooks = [block.register_forward_hook(stage) for block in net.down_blocks] + [net.mid_block.register_forward_hook(stop)]
+    half = len(net.transformer_blocks) // 2 if base.part == 'transformer' else 0
+    hooks = [(block, tokens) for block in net.transformer_blocks[:half]] if half else [
+        *((block, stage) for block in net.down_blocks), (net.mid_block, middle)]
+    hooks = [block.register_forward_hook(hook) for block, hook in hooks + [(hooks[-1][0], stop)]]
     with contextlib.suppress(_Stop), contextlib.ExitStack() as stack:
         for hook in hooks:
             stack.callback(hook.remove)
@@ -522,8 +630,16 @@ def encoder_features(base, net, xt, t, y):
     return [x.float() for x in stages]
 
 
+def encoder_channels(net):
+    """The channels of encoder_features' maps."""
+    if hasattr(net, 'mid_block'):
+        return [*net.config.block_out_channels, net.config.block_out_channels[-1]]
+    return [net.inner_dim] * (len(net.transformer_blocks) // 2)
+
+
 def bottleneck(base, net, xt, t, y):
-    """The mid block's output (B, C, h, w) float32: what DMD2's latent discriminator looks at."""
+    """The output of the mid block, or of the middle of a transformer's, (B, C, h, w) float32: what DMD2's latent discriminator
+    looks at."""
     return encoder_features(base, net, xt, t, y)[-1]
 
 
@@ -553,8 +669,9 @@ class LatentReward(nn.Module):
 
     def encode(self, prompts):
         """List of B strings -> (embeddings (2 B, L, D), pooled (2 B, P)), the second half those of the empty prompt."""
-        y = self.pipe.encode_prompt([*prompts, ''], device=self.base.device, do_classifier_free_guidance=False)[::2]
-        return [torch.cat([v[:-1], v[-1:].expand_as(v[:-1])]) for v in y]
+        each = list(dict.fromkeys([*prompts, '']))                                     # candidates of a prompt share it
+        y = self.pipe.encode_prompt(each, device=self.base.device, do_classifier_free_guidance=False)[::2]
+        return [v[[each.index(p) for p in [*prompts, *[''] * len(prompts)]]] for v in y]
 
     def forward(self, z, t, y):
         *stages, mid = [f.mean((2, 3)) for f in encoder_features(self.base, self.unet, z.repeat(2, 1, 1, 1), t.repeat(2), y)]
@@ -700,6 +817,8 @@ def training_flags(p, model_help):
     yes_no = argparse.BooleanOptionalAction
     # what to distil, from what
     p.add_argument('--model', help=model_help)
+    p.add_argument('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
+    p.add_argument('--offload', action=yes_no, default=False, help='text encoders wait in main memory between iterations')
     p.add_argument('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
     p.add_argument('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
     p.add_argument('--data_files', help='which files of --data, a pattern; empty: all')
@@ -718,6 +837,11 @@ def training_flags(p, model_help):
                    help='DM loss at high noise and GAN at low noise only; no: both at every step')
     p.add_argument('--ttur', type=int, default=1, help='iterations of fake score and discriminator per student update')
     p.add_argument('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) student; 1: off')
+    p.add_argument('--lora', type=int, help='train adapters of this rank on the frozen teacher')
+    p.add_argument('--no-lora', dest='lora', action='store_const', const=None, help='train all weights')
+    p.add_argument('--lora_alpha', type=float, default=0., help='adapters are scaled by this / rank; 0: twice the rank')
+    p.add_argument('--lora_targets', default='attention', help="ends of the names of modules that get an adapter, with commas; "
+                   'attention: the projections of all attention layers')
     # optimisation
     p.add_argument('--iters', type=int, help='iterations')
     p.add_argument('--batch', type=int, help='prompts per iteration, over all ranks')
@@ -747,7 +871,7 @@ class Run:
         self.cuda, self.master = torch.cuda.is_available(), self.rank == 0
         self.device = torch.device('cuda', local) if self.cuda else torch.device('cpu')
         at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, sample_every=0, warmup=0,
-                 cooldown=0, workers=0, seed=0, gan_crop=0, couple=0)
+                 cooldown=0, workers=0, seed=0, gan_crop=0, couple=0, lora_alpha=0, **{} if args.lora is None else dict(lora=1))
         if args.couple > 1:
             die(f'--couple {args.couple} must be at most 1')
         unit = self.world * args.micro
@@ -860,11 +984,13 @@ class Distillation:
         if args.split and not (self.low and self.high):
             die(f'--steps {args.steps} gives {self.steps.long().tolist()}, none of them at {"low" if self.high else "high"} '
                 'noise; use --no-split or more steps')
-        self.student, self.fake, self.heads = base.trainable(), base.trainable(), None
+        self.lora = lora_config(base.teacher, args.lora, args.lora_alpha or 2 * args.lora, args.lora_targets) if args.lora else None
+        self.student, self.fake, self.heads = base.trainable(self.lora), base.trainable(self.lora), None
+        load_trained(self.fake, trained(self.student))            # adapters begin at random, but at one place: coupling mixes them
         if args.gan == 'pixel':
             self.heads = PixelDiscriminator(*load_sam_encoder(args.sam), base.size, args.checkpointing).to(base.device)
         elif args.gan == 'latent':
-            self.heads = Head(self.student.config.block_out_channels[-1]).to(base.device)
+            self.heads = Head(encoder_channels(self.student)[-1]).to(base.device)
         if args.checkpointing:
             for net in (self.student, self.fake, base.vae):
                 net.enable_gradient_checkpointing()
@@ -874,7 +1000,7 @@ class Distillation:
         self.side = (args.gan_crop or base.size) // self.scale                               # of the decoded latents
         self.nets = {'student': self.student, 'fake': self.fake} | ({'heads': self.heads} if self.heads else {})
         self.rates = {'student': args.student_lr, 'fake': args.fake_lr, 'heads': args.heads_lr}
-        self.opts = {k: torch.optim.AdamW([w for w in net.parameters() if w.requires_grad], lr=self.rates[k],
+        self.opts = {k: torch.optim.AdamW(trained(net).values(), lr=self.rates[k],
                                           betas=(.9, .999), weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
         self.d_loss, self.g_loss = gan_losses(args.gan)
         # DMD2's latent critic is the fake score itself, so its loss enters the fake score's update with a small weight
@@ -901,11 +1027,11 @@ class Distillation:
     def parts(self, it, texts, pixels=None, extra=5):
         """This rank's micro-batches; eps has one normal per student step and `extra` more, five for a distillation."""
         normals, uniforms = draw(self.args.seed, it, self.run.mine, (len(self.steps) + extra,) + self.base.latent_shape)
-        out, micro = [], self.args.micro
+        out, micro, y = [], self.args.micro, self.base.encode(texts)
         for k in range(0, len(texts), micro):
             part = slice(k, k + micro)
             out.append(SimpleNamespace(
-                y=self.base.encode(texts[part]), eps=normals[part].to(self.base.device),
+                y=[v[part] for v in y], eps=normals[part].to(self.base.device),
                 u=uniforms[part].to(self.base.device),
                 texts=texts[part], pixels=None if pixels is None else pixels[part], last=k + micro >= len(texts)))
         return out
@@ -971,7 +1097,7 @@ class Distillation:
         """Items 5 and 6: the fake score learns the student's samples, eq. 6; the discriminator tells real from generated."""
         S, base, u = len(self.steps), self.base, part.u
         with self.sync('fake', part.last), self.sync('heads', part.last):
-            t_f = self.schedule.between(u[:, 2], 0, 999)
+            t_f = self.schedule.training(u[:, 2])
             loss = diffusion_loss(base, self.wrapped['fake'], part.x0, part.eps[:, S + 3], t_f, part.y)
             self.run.note('fake', loss)
             if self.args.gan != 'none':
@@ -1009,8 +1135,8 @@ class Distillation:
     def save(self, it, facts):
         """The whole state and the student as a pipeline."""
         save_state(self.run.out, it, self.nets, self.opts, vars(self.args))
-        save_student(self.run.out / 'student', self.base, self.student, self.steps, getattr(torch, self.args.save_dtype),
-                     dict(base_model=self.args.model, recipe=self.args.recipe, iteration=it, **facts))
+        save_student(self.run.out / 'student', self.base, self.student, self.steps, getattr(torch, self.args.save_dtype), dict(
+            base_model=self.args.model, recipe=self.args.recipe, iteration=it, t5=self.args.t5, **facts), self.lora)
 
     @torch.no_grad()
     def pictures(self, prompts, noise):
@@ -1023,14 +1149,14 @@ class Distillation:
 
 
 def save_state(folder, it, nets, opts, args):
-    """Writes folder/state-<it>: each network's weights and each optimiser's moments as safetensors, and state.json. The
+    """Writes folder/state-<it>: each network's trained weights and each optimiser's moments as safetensors, and state.json. The
     folder appears in one rename; the state before it is kept, older ones go."""
     from safetensors.torch import save_file
     folder = Path(folder)
     with replacing(folder / f'state-{it:07d}') as tmp:
         tmp.mkdir(parents=True)
         for name, net in nets.items():
-            save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp / f'{name}.safetensors')
+            save_file({k: w.detach().contiguous() for k, w in trained(net).items()}, tmp / f'{name}.safetensors')
         for name, opt in opts.items():
             state = opt.state_dict()['state']
             save_file({f'{i}.{k}': v.contiguous() for i, s in state.items() for k, v in s.items()},
@@ -1061,7 +1187,7 @@ def load_state(folder, nets, opts, args, flag='--out', inherit=False):
         if saved['args']['model'] != args['model']:
             die(f'{flag} {folder} holds a run of --model {saved["args"]["model"]}, not {args["model"]}; choose another {flag}')
         for name in wanted & {*nets}:
-            nets[name].load_state_dict(load_file(state / f'{name}.safetensors'))
+            load_trained(nets[name], load_file(state / f'{name}.safetensors'))
         for name in [k for k in opts if f'{k}.opt' in wanted]:
             fresh, moments = opts[name].state_dict(), {}
             for key, value in load_file(state / f'{name}.opt.safetensors').items():
@@ -1088,21 +1214,77 @@ def on_cpu(net, dtype):
     return copy.deepcopy(net, memo).eval()
 
 
-def save_student(folder, base, student, steps, dtype, facts):
-    """Saves the student as a pipeline folder that diffusers alone can use: LCMScheduler set to the student's own steps,
-    all weights as dtype, and student.json with facts (its base model, iteration, prompts)."""
-    from diffusers import LCMScheduler
+def few_step_scheduler(scheduler, n):
+    """The diffusers scheduler whose sampling is backward_simulation's, with its n steps: LCM's, or for a flow Euler's with
+    fresh noise at every step (give the pipeline's call sigmas = (n, ..., 1) / n, which it shifts by itself)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+    if Schedule(scheduler).kind == 'flow':
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, stochastic_sampling=True)
     # with original_inference_steps = n LCMScheduler's own default is exactly 1000 / n * k - 1, the student's steps
-    n = len(steps)
-    scheduler = LCMScheduler.from_config(base.pipe.scheduler.config, original_inference_steps=n)
-    scheduler.set_timesteps(n)
-    assert scheduler.timesteps.tolist() == steps.long().tolist(), f'{scheduler.timesteps} are not the steps {steps}'
-    live = dict(base.pipe.components, unet=student, scheduler=scheduler)
-    parts = {k: on_cpu(v, dtype) if isinstance(v, nn.Module) else v for k, v in live.items()}
-    pipe = type(base.pipe)(**parts, **{k: v for k, v in base.pipe.config.items() if k == 'force_zeros_for_empty_prompt'})
+    return LCMScheduler.from_config(scheduler.config, original_inference_steps=n)
+
+
+def save_student(folder, base, student, steps, dtype, facts, lora=None):
+    """Saves the student so that diffusers alone can use it, all weights as dtype: a pipeline folder with its own scheduler, or
+    of a LoRA student (lora: its LoraConfig) the adapters and the scheduler. student.json has facts (its base model, iteration,
+    prompts) and the steps."""
+    scheduler = few_step_scheduler(base.pipe.scheduler, len(steps))
     with replacing(folder) as tmp:
-        pipe.save_pretrained(tmp)
-        (tmp / 'student.json').write_text(json.dumps(dict(facts, steps=steps.long().tolist()), indent=1))
+        if lora:
+            tmp.mkdir()
+            # alpha / rank goes into the second factor: at scale 1, whatever a loader makes of alpha
+            weights = {k.replace('.default', ''): (w.detach() * (lora.lora_alpha / lora.r if 'lora_B' in k else 1)).to('cpu', dtype)
+                       for k, w in trained(student).items()}
+            type(base.pipe).save_lora_weights(tmp, **{f'{base.part}_lora_layers': weights})
+            scheduler.save_pretrained(tmp / 'scheduler')
+        else:
+            live = dict(base.pipe.components, scheduler=scheduler) | {base.part: student}
+            parts = {k: on_cpu(v, dtype) if isinstance(v, nn.Module) else v for k, v in live.items()}
+            settings = {k: v for k, v in base.pipe.config.items() if k == 'force_zeros_for_empty_prompt'}
+            type(base.pipe)(**parts, **settings).save_pretrained(tmp)
+        adapters = dict(rank=lora.r, alpha=lora.lora_alpha, targets=sorted(lora.target_modules)) if lora else None
+        (tmp / 'student.json').write_text(json.dumps(dict(facts, lora=adapters, steps=steps.long().tolist()), indent=1))
+
+
+def lora_file(folder, net, flag):
+    """The adapters in a LoRA student's folder, {name in trained(net): tensor}, at scale 1; one sentence where they are missing,
+    damaged, or do not fit net."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    file = Path(folder) / 'pytorch_lora_weights.safetensors'
+    try:
+        tensors = {k.split('.', 1)[1]: v for k, v in load_file(file).items()}                         # unet. or transformer.
+    except (OSError, SafetensorError, IndexError) as error:
+        die(f'{flag} {file} is missing, truncated or not a LoRA file ({error})')
+    modules = dict(net.named_modules())
+    for k, v in tensors.items():
+        name, _, factor = k.removesuffix('.weight').rpartition('.lora_')
+        size = modules[name].weight.shape[factor == 'A'] if name in modules else 0
+        if v.shape[factor == 'A'] != size:
+            die(f'{flag} {file} is of another base model: its {k}, {tuple(v.shape)}, does not fit')
+    return tensors
+
+
+def restore_student(net, folder, lora, flag='--init'):
+    """Puts the weights that save_student wrote into net, a copy of its base model's network, with adapters where lora says so."""
+    if lora is None:
+        part = next(part for part in Base.FAMILIES.values() if Path(folder, part).exists())
+        return net.load_state_dict(type(net).from_pretrained(folder, subfolder=part, dtype=torch.float32).state_dict())
+    scale = lora.lora_alpha / lora.r
+    load_trained(net, {k.replace('.weight', '.default.weight'): v.float() / (scale if 'lora_B' in k else 1)
+                       for k, v in lora_file(folder, net, flag).items()})
+
+
+def load_student(folder, facts, dtype, flag='--ckpt'):
+    """A student's pipeline with its own scheduler: the saved one, or its base model with the adapters on it."""
+    if not facts.get('lora'):
+        return load_pipeline(folder, flag, dtype)
+    pipe = load_pipeline(facts['base_model'], f'{flag} {folder}: its base model', dtype, facts.get('t5'))
+    part = Base.FAMILIES.get(type(pipe).__name__, 'unet')
+    lora_file(folder, getattr(pipe, part), flag)
+    pipe.load_lora_weights(folder)
+    pipe.scheduler = few_step_scheduler(pipe.scheduler, len(facts['steps']))
+    return pipe
 
 
 def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
@@ -1132,13 +1314,16 @@ def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
 @torch.no_grad()
 def generate(pipe, prompts, indices, seed, steps, cfg):
     """Pictures (B, 3, H, W) in [0, 1], float32 on the CPU, one per prompt. The noise of a picture depends on (seed, its
-    index) alone, not on the batch. A student's pipeline (LCMScheduler) takes `steps` evenly spaced steps and no guidance,
-    any other its scheduler's own with guidance cfg."""
-    few = type(pipe.scheduler).__name__ == 'LCMScheduler'
-    how = dict(timesteps=Schedule(pipe.scheduler).steps(steps).long().tolist(), guidance_scale=0.) if few else dict(
-        num_inference_steps=steps, guidance_scale=cfg)
-    return pipe(list(prompts), generator=[generator(seed, int(i)) for i in indices], output_type='pt',
-                **how).images.float().cpu()
+    index) alone, not on the batch. A student's pipeline takes `steps` evenly spaced steps and no guidance, any other its
+    scheduler's own with guidance cfg."""
+    how, streams = dict(num_inference_steps=steps, guidance_scale=cfg), [generator(seed, int(i)) for i in indices]
+    if type(pipe.scheduler).__name__ == 'LCMScheduler':
+        how = dict(timesteps=Schedule(pipe.scheduler).steps(steps).long().tolist(), guidance_scale=0.)
+    elif pipe.scheduler.config.get('stochastic_sampling'):
+        how = dict(sigmas=[k / steps for k in range(steps, 0, -1)], num_inference_steps=steps, guidance_scale=0.)
+        # SD3's pipeline does not hand its generators on to the scheduler
+        pipe.scheduler.step = functools.partial(type(pipe.scheduler).step, pipe.scheduler, generator=streams)
+    return pipe(list(prompts), generator=streams, output_type='pt', **how, **text_length(pipe)).images.float().cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

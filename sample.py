@@ -4,11 +4,13 @@ Pictures from a distilled student, or from its teacher for comparison, as one PN
     python sample.py --steps 4                                     # the newest student, its own prompts
     python sample.py --prompt "a red fox in snow" --n 16
     python sample.py --teacher --steps 50 --cfg 7                  # the base model, same prompts, same first noise
+    python sample.py --merge out/pipeline                          # no pictures: a LoRA student as a pipeline folder
 
 The student is a diffusers pipeline; see the README for using it without this repository.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -29,18 +31,31 @@ p.add_argument('--n', type=int, default=16, help='pictures; prompts repeat in tu
 p.add_argument('--batch', type=int, default=8, help='pictures per call')
 p.add_argument('--seed', type=int, default=0, help='picture i depends on (seed, i) alone')
 p.add_argument('--out', default='samples.png', help='PNG to write')
+p.add_argument('--merge', default='', help='write the student as a whole pipeline folder instead, its LoRA merged into the weights')
 args = p.parse_args()
 m.at_least(args, steps=1, n=1, batch=1, seed=0)
 if args.steps > 1000:
     m.die(f'--steps {args.steps} is more than the 1000 noise levels there are')
-m.writable_folder(Path(args.out).parent, '--out')
+m.writable_folder(Path(args.merge or args.out).parent, '--merge' if args.merge else '--out')
+if args.merge and (args.teacher or Path(args.merge).exists()):
+    m.die('--merge is for a student; leave --teacher away' if args.teacher else f'--merge {args.merge} exists; choose a new folder')
 
 folder, facts = m.find_student(args.ckpt)
 prompts = [args.prompt] if args.prompt else m.read_prompts(args.prompts) if args.prompts else facts['prompts']
 prompts = [prompts[i % len(prompts)] for i in range(args.n)]
 device, dtype = ('cuda', torch.float16) if torch.cuda.is_available() else ('cpu', torch.float32)
 source = facts['base_model'] if args.teacher else folder
-pipe = m.load_pipeline(source, "--teacher: the student's base model" if args.teacher else '--ckpt', dtype).to(device)
+pipe = m.load_pipeline(source, "--teacher: the student's base model", dtype, facts.get('t5')) if args.teacher else \
+    m.load_student(folder, facts, dtype)
+if args.merge:
+    if facts.get('lora'):
+        pipe.fuse_lora(), pipe.unload_lora_weights()
+    with m.replacing(args.merge) as tmp:
+        pipe.save_pretrained(tmp)
+        (tmp / 'student.json').write_text(json.dumps(facts | dict(lora=None), indent=1))
+    print(f'{args.merge}: {folder} as a whole pipeline, {dtype}')
+    raise SystemExit
+pipe.to(device)
 pipe.set_progress_bar_config(disable=True)
 
 if args.teacher:

@@ -8,6 +8,7 @@ Flash-DMD, stage 1: a many-step teacher becomes a few-step student. Per iteratio
 
     python train_stage1.py                                  # CUDA: SDXL; else: the toy, 5 minutes on a laptop
     torchrun --nproc_per_node=8 train_stage1.py             # 8 GPUs, the same result
+    python train_stage1.py --recipe sd3                     # SD3-Medium, LoRA
     python train_stage1.py --gan latent --no-split --ttur 5 --couple 1 --out out/dmd2      # DMD2, for comparison
 
 Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers pipeline), log.jsonl,
@@ -28,6 +29,12 @@ RECIPES = {
         data_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', prompts='assets/prompts.txt',
         batch=64, micro=1, iters=1000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50, cooldown=0, cfg=8.,
         gan_weight=1e-2, checkpointing=True, save_every=250, sample_every=250, log_every=1),
+    # rank, learning rates, alpha: RTDMD's and DMDR's neighbourhood; batch, iterations, ttur, guidance: the paper's
+    'sd3': dict(
+        model='stabilityai/stable-diffusion-3-medium-diffusers', sam='vit_b', data='jackyhate/text-to-image-2M',
+        data_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', prompts='assets/prompts.txt',
+        lora=64, ttur=2, batch=32, micro=1, iters=4000, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4, warmup=50, cooldown=0,
+        cfg=7., gan_weight=1e-2, checkpointing=True, save_every=250, sample_every=250, log_every=1),
     # tuned on seed 0 by `python evaluate.py`, R-precision / CMMD; the teacher has 87.5 % / .096, its weights as a student
     # untrained 63.7 % / .194. Student and fake lr 1e-4, 4e-4, CFG 3, 300 iterations with cool-down (these): 83.6 / .087;
     # 250 without: 83.6 / .084. 5e-5, 2e-4, no cool-down: 82.8 / .086 with CFG 4 and 81.2 / .069 with CFG 2.5 at 250,
@@ -39,12 +46,17 @@ RECIPES = {
         image_column='image', text_column='text', prompts='assets/toy/data/prompts.txt',
         batch=16, micro=16, iters=300, student_lr=1e-4, fake_lr=4e-4, heads_lr=2e-4, warmup=30, cooldown=100, cfg=3.,
         gan_weight=.1, checkpointing=False, save_every=100, sample_every=100, log_every=10),
+    'toy-sd3': dict(
+        model='assets/toy/sd3', sam='assets/toy/sam.pth', data='assets/toy/data', data_files='train.parquet',
+        image_column='image', text_column='text', prompts='assets/toy/data/prompts.txt',
+        lora=32, batch=16, micro=16, iters=300, student_lr=1e-3, fake_lr=2e-3, heads_lr=2e-4, warmup=30, cooldown=100, cfg=3.,
+        gan_weight=.1, checkpointing=False, save_every=100, sample_every=100, log_every=10),
 }
 
 p = m.parser(__doc__)
 p.add_argument('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy', help='table of defaults')
 p.add_argument('--out', default='out/stage1', help='folder of the run; holds its state, so the same command resumes')
-m.training_flags(p, model_help='teacher: a StableDiffusionXLPipeline folder or hub id')
+m.training_flags(p, model_help='teacher: an SDXL or SD3 pipeline, folder or hub id')
 first, _ = p.parse_known_args()
 p.set_defaults(**RECIPES[first.recipe])
 if first.gan == 'latent':
@@ -55,7 +67,7 @@ args = p.parse_args()
 # ranks and device, teacher, student, fake score, discriminator
 
 run = m.Run(args)
-base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32)
+base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5, offload=args.offload)
 d = m.Distillation(base, run)
 steps, student, fake = d.steps, d.student, d.fake
 start = m.load_state(run.out, d.nets, d.opts, vars(args))
@@ -71,7 +83,8 @@ grid_noise = m.draw(args.seed, 0, range(len(prompts)), (len(steps),) + base.late
 teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg) if run.master and args.sample_every else None
 run.open_log(start)
 run.print(f'recipe {args.recipe}: {args.model} -> {run.out}, {run.world} x {run.device.type}, '
-          f'student {sum(w.numel() for w in student.parameters()) / 1e6:.1f} M parameters, {len(pictures.rows)} pictures')
+          f'{sum(w.numel() for w in m.trained(student).values()) / 1e6:.1f} M trained parameters'
+          + f' (LoRA, rank {args.lora})' * bool(args.lora) + f', {len(pictures.rows)} pictures')
 run.print(f'steps {steps.long().tolist()}, SNR {[round(v, 3) for v in d.schedule.snr(steps).tolist()]}, batch {args.batch} = '
           f'{run.world} ranks x {len(run.mine) // args.micro} x {args.micro}, from iteration {start}')
 LINE = {'dm/': 'dm', 'fake': 'fake', 'gan/g': 'g', 'gan/d': 'd', 'grad/dm': '|dDM|', 'grad/gan': '|dGAN|'}

@@ -4,7 +4,8 @@ the student, on noisy latents (arXiv 2511.20549, eq. 12-13). One preference upda
 
     z_s          by backward simulation, s a high-noise step
     candidates   z' = alpha' G(z_s) + sigma' eps_k, k = 1..K: the sampler's own next states, at step s'
-    pair         the latent reward model scores each at its own noise level; best = winner w, worst = loser l
+    pair         the reward scores each at its own noise level; best = winner w, worst = loser l. A latent reward model reads
+                 the noisy latents; a reward of pictures (--reward pickscore...) what the student makes of them in one step
     loss         -log sigmoid(beta (log p(w) / p_ref(w) - log p(l) / p_ref(l))), p the sampler's Gaussian transition,
                  p_ref that of the student as stage 2 found it
 
@@ -16,7 +17,6 @@ Running the same command again resumes. out/stage2 gets what stage 1's folder ha
 """
 
 import argparse
-import copy
 import json
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ RECIPES = {
         text_column='json.prompt', prompts='assets/prompts.txt', lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2,
         batch=64, micro=1, iters=2000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6,
         beta=500., warmup=50, cooldown=0, checkpointing=True, critic_warmup=100, save_every=250, sample_every=250,
-        eval_every=250, log_every=6, judge=R.CLIP_L, pickscore='yuvalkirstain/PickScore_v1', real='', real_files=''),
+        reward='latent', eval_every=250, log_every=6, judge=R.CLIP_L, pickscore='yuvalkirstain/PickScore_v1', real='', real_files=''),
     # tried on seed 0, before any other: rl_lr 2e-5 with student lr 5e-5, fake lr 2e-4 raised the reward by .58 in 330 updates,
     # and CMMD from .088 to .127 (128 prompts, an unfinished reward model); rl_lr 1e-5 with these and gan_weight .3 was no
     # better than what stands here (CMMD .089 against .084 after 200). Table of the final settings: README
@@ -46,9 +46,12 @@ RECIPES = {
         text_column='text', prompts='assets/toy/data/prompts.txt', lrm='assets/toy/lrm', cfg=3., gan_weight=.1,
         batch=16, micro=16, iters=330, student_lr=2e-5, fake_lr=1e-4, heads_lr=2e-4, rl_lr=1e-5,
         beta=500., warmup=30, cooldown=0, checkpointing=False, critic_warmup=30, save_every=110, sample_every=110,
-        eval_every=110, log_every=6,
+        reward='latent', eval_every=110, log_every=6,
         judge='assets/toy/clip', pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet'),
 }
+# SD3 has no public latent reward model
+RECIPES['sd3'] = RECIPES['sdxl'] | dict(reward='pickscore', lrm='', cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
+RECIPES['toy-sd3'] = RECIPES['toy'] | dict(reward='pickscore', lrm='', student_lr=2e-4, fake_lr=1e-3, rl_lr=1e-4)
 
 p = m.parser(__doc__)
 p.add_argument('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's own")
@@ -56,6 +59,8 @@ p.add_argument('--init', default='', help='run of stage 1, or a student pipeline
 p.add_argument('--out', default='out/stage2', help='folder of the run; holds its state, so the same command resumes')
 m.training_flags(p, model_help="teacher; the student's own unless given")
 # preference
+p.add_argument('--reward', choices=['latent', *R.SCORES], help='latent: --lrm; else a reward of pictures, its weights as evaluate.py '
+               'has them, or --pickscore')
 p.add_argument('--lrm', help="latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder")
 p.add_argument('--joint', action=argparse.BooleanOptionalAction, default=True,
                help='distil as well; no: preference updates only')
@@ -82,8 +87,10 @@ handed = Path(folder).parent / 'args.json'
 handed = json.loads(handed.read_text()) if handed.exists() else {}
 recipe = first.recipe or facts['recipe']
 own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
-       'log_every', 'wandb'}                                                                # not handed on
-p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps'])))
+       'log_every', 'wandb', 't5', 'lora', 'lora_alpha', 'lora_targets'}                    # not handed on
+lora = facts.get('lora') or dict(rank=None, alpha=0., targets='attention')
+p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'],
+                                        lora_alpha=lora['alpha'], lora_targets=','.join(lora['targets']) if facts.get('lora') else 'attention'))
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
 p.set_defaults(**handed)
 args = p.parse_args()
@@ -91,25 +98,46 @@ args.recipe, args.init, args.init_iteration = recipe, str(folder), facts['iterat
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0)
 if args.clamp >= 1:
     m.die(f'--clamp {args.clamp} must be below 1')
+if args.lora != lora['rank']:
+    m.die(f'--lora: the student in {folder} ' + (f'is a LoRA of rank {lora["rank"]}' if lora['rank'] else 'is a full fine-tune')
+          + ' and stays one; leave --lora and --no-lora away')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ranks and device, stage 1's networks as it left them, the latent reward, the reference
 
 run = m.Run(args)
-base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32)
+base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5, offload=args.offload)
 d = m.Distillation(base, run)
 steps, student, fake = d.steps, d.student, d.fake
 run.print(f'from {folder}, iteration {facts["iteration"]} on {args.model}:')
 inherited = m.load_state(folder.parent, d.nets, d.opts, vars(args), '--init', inherit=True)
 if 'student' not in inherited:
-    student.load_state_dict(type(student).from_pretrained(folder, subfolder='unet', dtype=torch.float32).state_dict())
+    m.restore_student(student, folder, d.lora)
     inherited = {'student'}
 for name in d.nets:
     got = [what for what, file in [('weights', name), ('optimiser', f'{name}.opt')] if file in inherited]
     run.print(f'  {name}: {" and ".join(got) or "not there: new, " + ("the teacher" if name == "fake" else "random")}')
 run.print('  settings: ' + (' '.join(f'--{k} {v}' for k, v in handed.items()) or "the recipe's"))
-reference = copy.deepcopy(student).requires_grad_(False)                  # p_ref; fp32, so that the first ratios are exactly 1
-reward = m.load_latent_reward(args.lrm, base)
+reference = m.twin(student).requires_grad_(False)                         # p_ref; fp32, so that the first ratios are exactly 1
+if args.reward == 'latent':
+    lrm = m.load_latent_reward(args.lrm, base)
+
+    def reward(z, t, prompts):
+        """The latent reward of noisy latents z (B, C, h, w) at times t (B,): (B,)."""
+        return lrm(z, t, lrm.encode(prompts))
+else:
+    try:
+        source = args.pickscore if args.reward == 'pickscore' else R.SCORES[args.reward][1]
+        judge_of_pictures = R.SCORES[args.reward][0](source, run.device)
+    except R.Unavailable as error:
+        m.die(f'--reward {args.reward}: {error}')
+
+    def reward(z, t, prompts):
+        """A reward of pictures for noisy latents z (B, C, h, w) at times t (B,): of the student's x0 there, decoded. (B,)."""
+        with base.autocast():
+            x = base.decode(base.x0(student, z, t, base.encode(prompts)))
+        return judge_of_pictures.score((x.float() / 2 + .5).clamp(0, 1), prompts)
+
 start = m.load_state(run.out, d.nets, d.opts, vars(args))
 d.distribute()
 rl_steps = [k for k in range(len(steps) - 1) if args.rl_steps == 'all' or k + 1 in d.high]
@@ -146,7 +174,7 @@ watched = m.read_prompts(args.prompts)
 prompts, watched = watched[:8], watched[:args.eval_n]
 grid_noise = m.draw(args.seed, 0, range(len(prompts)), (len(steps),) + base.latent_shape)[0].to(run.device)
 run.open_log(start)
-run.print(f'recipe {args.recipe}: {args.model} -> {run.out}, {run.world} x {run.device.type}, reward {args.lrm}, preference '
+run.print(f'recipe {args.recipe}: {args.model} -> {run.out}, {run.world} x {run.device.type}, reward {args.lrm or args.reward}, preference '
           f'updates at {[int(steps[k]) for k in rl_steps]}, from iteration {start}'
           + f'; the first {alone} for fake score and discriminator alone' * (alone > start))
 LINE = {'dm/': 'dm', 'fake': 'fake', 'gan/g': 'g', 'gan/d': 'd', 'rl/loss': 'rl', 'reward/': 'reward', 'rl/gap': 'gap',
@@ -178,7 +206,7 @@ def evaluate(it):
         z = m.backward_simulation(base, student, steps, noise, base.encode(texts))
         x = (base.decode(z) / 2 + .5).clamp(0, 1)                                                        # (b, 3, H, W)
         z_t = base.schedule.noised(z, noise[:, -1], t.expand(len(part)))
-        row = dict(reward=reward(z_t, t.expand(len(part)), reward.encode(texts)), brightness=x.mean((1, 2, 3)),
+        row = dict(reward=reward(z_t, t.expand(len(part)), texts), brightness=x.mean((1, 2, 3)),
                    saturation=(x.amax(1) - x.amin(1)).mean((1, 2)))
         if 'pickscore' in judges:
             row['pickscore'] = judges['pickscore'].score(x, texts)
@@ -241,8 +269,8 @@ for it in range(start, args.iters + 1):
                 with torch.no_grad():
                     x_ref = base.x0(reference, z_s, t, part.y)
                     z = a * x0[:, None] + sigma * part.eps[:, len(steps):]                            # (b, K, C, h, w)
-                    y = [v.repeat_interleave(args.candidates, 0) for v in reward.encode(part.texts)]
-                    r = reward(z.flatten(0, 1), next_t.expand(len(y[0]) // 2), y).view(z.shape[:2])          # (b, K)
+                    texts_k = [text for text in part.texts for _ in range(args.candidates)]
+                    r = reward(z.flatten(0, 1), next_t.expand(len(texts_k)), texts_k).view(z.shape[:2])      # (b, K)
                     w, l = (z[torch.arange(len(z)), k] for k in (r.argmax(1), r.argmin(1)))           # (b, C, h, w)
                     sound = r.isfinite().all(1)                        # a group with a NaN among its rewards teaches nothing
                 # log p(w) / p_ref(w) - log p(l) / p_ref(l): both have the mean alpha' x0, so the squares cancel and what is

@@ -739,7 +739,7 @@ def make_sd3():
         mse = F.mse_loss(out, eps - x0)
         return mse, dict(mse=mse)
 
-    fit('sd3', torch.nn.ModuleDict(dict(net=net)), loss, 6000, 1.5e-3, ema=.999)
+    fit('sd3', torch.nn.ModuleDict(dict(net=net)), loss, 5000, 1.5e-3, ema=.999)
     with torch.no_grad():
         rows = [pipe((OUT / 'data/prompts.txt').read_text().split('\n')[:12], num_inference_steps=n, guidance_scale=w,
                      generator=torch.Generator().manual_seed(0), output_type='pt', max_sequence_length=16).images * 2 - 1
