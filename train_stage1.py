@@ -53,6 +53,9 @@ RECIPES = {
         gan_weight=.1, checkpointing=False, save_every=100, sample_every=100, log_every=10),
 }
 
+# adapters learn at other rates than whole networks; SDXL's are those of DMD2's LoRA run, untried
+LORA_RATES = {'sdxl': dict(student_lr=5e-5, fake_lr=5e-5), 'toy': dict(student_lr=1e-3, fake_lr=2e-3)}
+
 p = m.parser(__doc__)
 p.add_argument('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy', help='table of defaults')
 p.add_argument('--out', default='out/stage1', help='folder of the run; holds its state, so the same command resumes')
@@ -61,6 +64,8 @@ first, _ = p.parse_known_args()
 p.set_defaults(**RECIPES[first.recipe])
 if first.gan == 'latent':
     p.set_defaults(gan_weight=5e-3)                                                              # DMD2's
+if first.lora and not RECIPES[first.recipe].get('lora'):
+    p.set_defaults(**LORA_RATES[first.recipe])
 args = p.parse_args()
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Speed of training and of evaluation.
     python tests/bench.py                    # the toy on the CPU; with a CUDA device SDXL's size, random weights, 1024 px
     python tests/bench.py --only evaluate
 
+memory    GB on one GPU at 1024 px and --micro 1, computed: parameters are counted, and the activations are those of the passes of
+          one student update, run on meta tensors with gradient checkpointing
 train     seconds per iteration of train_stage1.py, started as a user would, beside the sum of the network passes that it cannot
           avoid, timed one by one in this process. Goal: ratio <= 1.05
 evaluate  pictures per second of evaluate.py on the toy: drawing, each score, and the share of the scoring that is spent outside
@@ -17,51 +19,81 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import torch.utils._python_dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model as m                                                                                        # noqa: E402
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-p.add_argument('--only', nargs='+', choices=['train', 'evaluate'], default=['train', 'evaluate'], help='what to measure')
+p.add_argument('--only', nargs='+', choices=['memory', 'train', 'evaluate'], default=['train', 'evaluate'], help='what to measure')
+p.add_argument('--family', choices=['sdxl', 'sd3'], default='sdxl', help='which size to train with a CUDA device')
 p.add_argument('--iters', type=int, default=40, help='iterations of the training script')
 p.add_argument('--work', type=Path, default=ROOT / 'out/bench', help='folder for the run and the random weights')
 cuda = torch.cuda.is_available()
 device = torch.device('cuda' if cuda else 'cpu')
 
 
-def random_sdxl(folder):
-    """A pipeline folder with SDXL-base's own sizes and random weights, a vit_b SAM and 64 pictures of 1024 px."""
+def networks(family):
+    """SDXL-base's or SD3-Medium's networks by their places in a pipeline, with their own sizes and random weights."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    clip = dict(vocab_size=49408, eos_token_id=2, bos_token_id=0)
+    large = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                           projection_dim=768, **clip)
+    big = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                         projection_dim=1280, **clip)
+    vae = dict(sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+               down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4)
+    if family == 'sdxl':
+        return dict(
+            unet=UNet2DConditionModel(
+                sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=[5, 10, 20],
+                down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), use_linear_projection=True,
+                up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), transformer_layers_per_block=[1, 2, 10],
+                cross_attention_dim=2048, addition_embed_type='text_time', addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816),
+            vae=AutoencoderKL(latent_channels=4, scaling_factor=.13025, **vae),
+            text_encoder=CLIPTextModel(large), text_encoder_2=CLIPTextModelWithProjection(big))
+    return dict(
+        transformer=SD3Transformer2DModel(
+            sample_size=128, num_layers=24, num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096,
+            caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192),
+        vae=AutoencoderKL(latent_channels=16, scaling_factor=1.5305, shift_factor=.0609, use_quant_conv=False,
+                          use_post_quant_conv=False, **vae),
+        text_encoder=CLIPTextModelWithProjection(large), text_encoder_2=CLIPTextModelWithProjection(big),
+        text_encoder_3=T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                                               feed_forward_proj='gated-gelu')))
+
+
+def random_pipeline(family, folder):
+    """A pipeline folder of that size (SD3 without its T5), a vit_b SAM and 64 pictures of 1024 px."""
     import datasets
     import numpy as np
     from PIL import Image
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from diffusers import StableDiffusionXLPipeline
     from segment_anything import build_sam_vit_b
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / 'assets/toy/sdxl/tokenizer', model_max_length=77)
-    text = dict(vocab_size=49408, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
     with device:
-        unet = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=[5, 10, 20],
-            down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), use_linear_projection=True,
-            up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), transformer_layers_per_block=[1, 2, 10],
-            cross_attention_dim=2048, addition_embed_type='text_time', addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816)
-        vae = AutoencoderKL(sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                            down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4,
-                            scaling_factor=.13025)
-        one = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                           num_attention_heads=12, **text))
-        two = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-                                                         num_attention_heads=20, projection_dim=1280, **text))
+        parts = networks(family)
         torch.save(build_sam_vit_b().state_dict(), folder / 'sam.pth')
-    pipe = StableDiffusionXLPipeline(
-        vae=vae, text_encoder=one, text_encoder_2=two, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear'))
+    for name in ('text_encoder', 'text_encoder_2'):
+        parts[name].config.eos_token_id = tokenizer.eos_token_id
+    parts |= dict(tokenizer=tokenizer, tokenizer_2=tokenizer)
+    if family == 'sdxl':
+        pipe = StableDiffusionXLPipeline(**parts, scheduler=EulerDiscreteScheduler(
+            beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear'))
+    else:
+        pipe = StableDiffusion3Pipeline(**parts | dict(text_encoder_3=None, tokenizer_3=None),
+                                        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.))
     pipe.to(torch.float16).save_pretrained(folder / 'pipeline')
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 64, 3), np.uint8)
     datasets.Dataset.from_dict({'image': [Image.fromarray(a).resize((1024, 1024)) for a in noise],
@@ -143,10 +175,11 @@ def train(args):
     """Prints the passes and their sum beside the script's own seconds per iteration."""
     if cuda:
         torch.set_float32_matmul_precision('high')
-        if not (args.work / 'sdxl/data.parquet').exists():
-            random_sdxl(args.work / 'sdxl')
-        flags = {'--recipe': 'sdxl', '--model': f'{args.work}/sdxl/pipeline', '--sam': f'{args.work}/sdxl/sam.pth',
-                 '--data': f'{args.work}/sdxl/data.parquet', '--data_files': '', '--image_column': 'image',
+        folder = args.work / args.family
+        if not (folder / 'data.parquet').exists():
+            random_pipeline(args.family, folder)
+        flags = {'--recipe': args.family, '--model': f'{folder}/pipeline', '--sam': f'{folder}/sam.pth',
+                 '--data': f'{folder}/data.parquet', '--data_files': '', '--image_column': 'image',
                  '--text_column': 'text', '--batch': '4', '--micro': '4'}
     else:
         flags = {'--recipe': 'toy', '--model': 'assets/toy/sdxl', '--sam': 'assets/toy/sam.pth'}
@@ -165,6 +198,109 @@ def train(args):
     print(f'{torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"}, batch {batch}: '
           f'{whole:.3f} s per iteration over {len(rows)}, sum of the passes {total:.3f} s, ratio {whole / total:.3f}, '
           f'peak memory {rows[-1]["memory"]:.1f} GiB')
+
+
+class Live(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of the storages that come to be inside, now and at most."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, {w.untyped_storage()._cdata for w in before}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in torch.utils._pytree.tree_leaves(out):
+            key = x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else None
+            if key and key not in self.known:
+                self.known.add(key)
+                self.now += x.untyped_storage().nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(x.untyped_storage(), self.gone, key, x.untyped_storage().nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class Flash(torch.autograd.Function):
+    """Attention that keeps q, k, v and its answer, as on CUDA; the meta device would keep the matrix."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def activations(family, lora, crop):
+    """GB at the peak of one student update beyond the weights: the passes of Distillation.student_backward, on the meta device."""
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+    from segment_anything import build_sam_vit_b
+    base = m.Base.__new__(m.Base)
+    base.part, base.size, base.device = dict(sdxl='unet', sd3='transformer')[family], 1024, torch.device('meta')
+    base.autocast = lambda: torch.autocast('cpu', enabled=False)
+    base.schedule = m.Schedule(DDPMScheduler() if family == 'sdxl' else FlowMatchEulerDiscreteScheduler(shift=3.))
+    with torch.device('meta'):
+        parts = networks(family)
+        base.teacher, base.vae = parts[base.part].to(torch.bfloat16), parts['vae'].requires_grad_(False)
+        disc = m.PixelDiscriminator(*m.build_sam_encoder(build_sam_vit_b().state_dict()), 1024, checkpointing=True)
+        if lora:
+            base.teacher.requires_grad_(False)
+            student = base.trainable(m.lora_config(base.teacher, lora, 2. * lora, 'attention')).to(torch.bfloat16)
+        else:
+            student = base.teacher
+        c, tokens, width, pooled = (4, 77, 2048, 1280) if family == 'sdxl' else (16, 333, 4096, 2048)
+        x, t = torch.empty(1, c, 128, 128, dtype=torch.bfloat16), torch.full((1,), 500.)
+        y = torch.empty(1, tokens, width, dtype=torch.bfloat16), torch.empty(1, pooled, dtype=torch.bfloat16)
+    base.uncond = y
+    student.enable_gradient_checkpointing(), base.vae.enable_gradient_checkpointing()
+    for w in m.trained(student).values():                                        # counted with the optimiser, not here
+        w.register_post_accumulate_grad_hook(lambda w: setattr(w, 'grad', None))
+    live = Live([*student.parameters(), *base.teacher.parameters(), *base.vae.parameters(), *disc.parameters(), *student.buffers()])
+    old, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v, *a, **kw: Flash.apply(q, k, v)
+    with live:
+        x0, z = base.x0(student, x, t, y), base.x0(student, x, t, y)
+        with torch.no_grad():
+            base.x0(base.teacher, x, t, y, 7.)
+        leaf = z.detach().requires_grad_()
+        push, = torch.autograd.grad(disc(base.decode(leaf[..., :crop // 8, :crop // 8])).mean(), leaf)
+        torch.autograd.backward([x0, z], [push, push])
+    F.scaled_dot_product_attention = old
+    return live.most / 1e9
+
+
+def memory(args):
+    """Prints the README's table of GB per GPU."""
+    from segment_anything import build_sam_vit_b
+    m.quiet()
+    count = lambda net: sum(w.numel() for w in net.parameters())
+    print('| | GPUs | frozen networks | student, fake score, optimisers | activations | GB | with `--gan_crop 512` |\n' + '|---' * 7 + '|')
+    for label, family, lora, worlds in [('SDXL, all weights', 'sdxl', 0, (1, 2, 4, 8)), ('SDXL, `--lora 64`', 'sdxl', 64, (1,)),
+                                        ('SD3-Medium, `--lora 64`', 'sd3', 64, (1,)),
+                                        ('SD3-Medium, `--lora 64 --no-t5`', 'sd3', 64, (1,)),
+                                        ('SD3-Medium, `--lora 64 --offload`', 'sd3', 64, (1,))]:
+        with torch.device('meta'):
+            parts = networks(family)
+            net = next(parts.pop(k) for k in ('unet', 'transformer') if k in parts)
+            heads = m.PixelDiscriminator(*m.build_sam_encoder(build_sam_vit_b().state_dict()), 1024)
+        n = count(net)
+        texts = sum(count(v) for k, v in parts.items() if k.startswith('text') and not ('no-t5' in label and k == 'text_encoder_3'))
+        if lora:
+            net.requires_grad_(False).add_adapter(m.lora_config(net, lora, 2. * lora, 'attention'))
+        own = sum(w.numel() for w in m.trained(net).values())
+        # bf16 teacher and text encoders, fp32 VAE and SAM; of a full fine-tune also autocast's bf16 copy of the student
+        frozen = 2 * n + 2 * texts * ('offload' not in label) + 4 * count(parts['vae']) + 4 * count(heads) + (0 if lora else 2 * n)
+        whole, quarter = (activations(family, lora, crop) for crop in (1024, 512))
+        for world in worlds:
+            trained = 2 * own * (8 + 8 / world) + 12 * sum(w.numel() for w in heads.heads.parameters())
+            total = (frozen + trained) / 1e9
+            print(f'| {label} | {world} | {frozen / 1e9:.1f} | {trained / 1e9:.1f} | {whole:.1f} | {total + whole:.1f} | '
+                  f'{total + quarter:.1f} |', flush=True)
 
 
 def evaluate(args):
