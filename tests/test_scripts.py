@@ -4,6 +4,7 @@ pytest tests/test_scripts.py
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,36 @@ def plain(tmp_path_factory):
     out = tmp_path_factory.mktemp('runs') / 'plain'
     train(out, '--iters', 20, '--save_every', 10, '--sample_every', 20)
     return out
+
+
+# ------------------------------------------------------------------------------------------------- how scripts are started
+
+@pytest.mark.parametrize('end, code', [
+    ('pass', 0), ('sys.exit()', 0), ('sys.exit(3)', 3), ('sys.exit("words")', 1), ('1 / 0', 1), ('os.kill(os.getpid(), 9)', -9)])
+def test_a_fork_is_a_start(end, code, tmp_path):
+    """What a script sees, prints and leaves, started by forkserver.py and by Python: the same."""
+    (tmp_path / 'code').mkdir()
+    (tmp_path / 'code/beside.py').write_text('')
+    (tmp_path / 'code/x.py').write_text(
+        'import atexit, os, sys, threading, beside\n'
+        'print(sys.argv, sys.path[0], __name__, __file__, os.getcwd(), os.environ["A"], sys.stdout.encoding)\n'
+        'print("an error", file=sys.stderr)\n'
+        'atexit.register(print, "at exit")\n'
+        'threading.Thread(target=lambda: threading.Event().wait(.1) or print("a thread")).start()\n' + end)
+    (tmp_path / 'x.py').symlink_to(tmp_path / 'code/x.py')
+    one, two = (start('x.py', '--a', 1, 'b c', cwd=tmp_path, env=dict(A='\u00e4'), fork=f) for f in (True, False))
+    assert one.returncode == two.returncode == code and one.stdout == two.stdout
+    assert ('a thread\nat exit\n' in one.stdout) == (code >= 0)
+    ours = [x for x in one.stderr.splitlines() if 'forkserver.py' not in x and 'exec(' not in x]       # a traceback goes deeper
+    assert ours == two.stderr.splitlines()
+
+
+def test_a_fork_that_hangs_is_killed(tmp_path):
+    (tmp_path / 'x.py').write_text('import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(60)')
+    with pytest.raises(subprocess.TimeoutExpired):
+        start(tmp_path / 'x.py', cwd=tmp_path, timeout=2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'pid').read_text()), 0)
 
 
 # ------------------------------------------------------------------------------------------- the same result, any way
