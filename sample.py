@@ -30,12 +30,14 @@ p.add_argument('--batch', type=int, default=8, help='pictures per call')
 p.add_argument('--seed', type=int, default=0, help='picture i depends on (seed, i) alone')
 p.add_argument('--out', default='samples.png', help='PNG to write')
 args = p.parse_args()
-m.at_least(args, steps=1, n=1, batch=1, seed=0)
+m.at_least(args, steps=1, n=1, batch=1, seed=0, cfg=0)
 if args.steps > 1000:
     m.die(f'--steps {args.steps} is more than the 1000 noise levels there are')
 m.writable_folder(Path(args.out).parent, '--out')
 
 folder, facts = m.find_student(args.ckpt)
+if Path(args.out).is_dir():
+    m.die(f'--out {args.out} is a folder; give the name of a PNG')
 prompts = [args.prompt] if args.prompt else m.read_prompts(args.prompts) if args.prompts else facts['prompts']
 prompts = [prompts[i % len(prompts)] for i in range(args.n)]
 device, dtype = ('cuda', torch.float16) if torch.cuda.is_available() else ('cpu', torch.float32)
