@@ -92,13 +92,15 @@ p.add_argument('--out', default='', help='JSON to write; empty: out/evaluate/ an
 first, _ = p.parse_known_args()
 students = [m.find_student(ckpt) for ckpt in first.ckpt or ['']]
 facts = students[0][1]
+if (first.recipe or facts['recipe']) not in RECIPES:
+    m.die(f"--ckpt: its recipe is {facts['recipe']!r}; give --recipe {' or '.join(RECIPES)}")
 p.set_defaults(**RECIPES[first.recipe or facts['recipe']])
 args = p.parse_args()
-m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0, workers=0)
+m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0, workers=0, cfg=0)
 if args.sheet and args.sheet not in args.metrics:
     m.die(f'--sheet {args.sheet} is not among --metrics {" ".join(args.metrics)}; add it there')
 
-rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)])
+rank, local_rank, world = m.ranks()
 device = torch.device('cuda', local_rank) if torch.cuda.is_available() else torch.device('cpu')
 if device.type == 'cuda':
     torch.cuda.set_device(device)
@@ -233,8 +235,6 @@ def make(label, source, steps):
     key = dict(source=source, weights=weights[source], steps=steps, cfg=args.cfg, seed=args.seed, dtype=str(dtype),
                prompts=settings['prompts_sha256'])
     place = out.parent / 'pictures' / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
-    place.mkdir(parents=True, exist_ok=True)
-    (place / 'settings.json').write_text(json.dumps(key, indent=1))
     names = {i: place / f'{i:06d}.png' for i in range(n)}
     missing = [i for i in mine if not names[i].exists()]
     if missing:
@@ -243,6 +243,8 @@ def make(label, source, steps):
             source, '--pipeline' if args.pipeline else '--ckpt', dtype, None if args.pipeline else facts.get('t5'))
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / 'settings.json').write_text(json.dumps(key, indent=1))
         began = time.time()
         for k in tqdm(range(0, len(missing), args.batch), desc=label, disable=rank > 0):
             part = missing[k:k + args.batch]

@@ -53,10 +53,28 @@ def parser(doc):
 
 
 def at_least(args, **least):
-    """Ends with a sentence for the first flag in args that is below its least value."""
+    """Ends with a sentence for the first flag in args that is below its least value, or nan or infinite."""
     for flag, value in least.items():
-        if getattr(args, flag) < value:
-            die(f'--{flag} {getattr(args, flag)} must be at least {value}')
+        if not value <= getattr(args, flag) < float('inf'):
+            die(f'--{flag} {getattr(args, flag)} must be at least {value}, and finite')
+
+
+def ranks():
+    """This process's rank, its rank on this machine, and how many ranks there are, from the environment as torchrun sets it."""
+    given = {k: os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if k in os.environ}
+    if not given.keys() & {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'}:
+        return 0, 0, 1
+    try:
+        rank, local, world = (int(given[k]) for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+        assert 0 <= rank < world and local >= 0 and (world == 1 or int(given['MASTER_PORT']) > 0 and given['MASTER_ADDR'])
+    except (KeyError, ValueError, AssertionError):
+        os.environ.pop('LOCAL_RANK', None)                                               # who is to speak is not known
+        die(f'{" ".join(f"{k}={v}" for k, v in given.items())} in the environment is not what torchrun sets; start ranks with '
+            'torchrun, or unset them')
+    gpus, here = torch.cuda.device_count(), max(local + 1, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    if torch.cuda.is_available() and here > gpus:
+        die(f'--nproc_per_node: {here} ranks on this machine, which has {gpus} CUDA devices; each rank needs its own')
+    return rank, local, world
 
 
 def quiet():
@@ -866,19 +884,27 @@ class Run:
 
     def __init__(self, args):
         self.args, self.began = args, time.time()
-        self.rank, local, self.world = (int(os.environ.get(k, d)) for k, d in [
-            ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)])
+        self.rank, local, self.world = ranks()
         self.cuda, self.master = torch.cuda.is_available(), self.rank == 0
         self.device = torch.device('cuda', local) if self.cuda else torch.device('cpu')
         at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, sample_every=0, warmup=0,
                  cooldown=0, workers=0, seed=0, gan_crop=0, couple=0, lora_alpha=0, **{} if args.lora is None else dict(lora=1))
         if args.couple > 1:
             die(f'--couple {args.couple} must be at most 1')
+        at_least(args, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+        if args.steps > 1000:
+            die(f'--steps {args.steps} is more than the 1000 noise levels there are')
+        if args.seed >= 2 ** 63:
+            die(f'--seed {args.seed} must be below 2^63')
         unit = self.world * args.micro
         if args.batch % unit:
             die(f'--batch {args.batch} is not a multiple of {self.world} ranks x --micro {args.micro}; '
                 f'change --batch to {max(1, args.batch // unit) * unit} or lower --micro')
         self.out = writable_folder(args.out, '--out')
+        for file in sorted(self.out.glob('state-' + '[0-9]' * 7 + '/state.json'))[-1:]:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):           # damaged: load_state has the sentence
+                if ('rl_ratio' in json.loads(file.read_text())['args']) != ('rl_ratio' in args):
+                    die(f'--out {self.out} holds a run of the other stage; choose another --out')
         if self.cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
@@ -1301,9 +1327,15 @@ def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
     for place in places:
         if (place / 'student.json').exists():
             try:
-                return place, json.loads((place / 'student.json').read_text())
-            except (OSError, ValueError):
-                die(f'{flag} {place} is damaged: its student.json cannot be read')
+                facts = json.loads((place / 'student.json').read_text())
+                kinds = dict(base_model=str, recipe=str, iteration=int, steps=list, prompts=list)
+                lists = [('steps', (int, float)), ('prompts', str)]
+                if all(isinstance(facts[k], kind) for k, kind in kinds.items()) and all(
+                        facts[k] and all(isinstance(x, kind) for x in facts[k]) for k, kind in lists):
+                    return place, facts
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                pass
+            die(f'{flag} {place} is damaged: its student.json cannot be read, or lacks what train_stage1.py writes there')
     die(f'{flag} {ckpt or shipped} holds no student (no student.json); give the folder of a training run')
 
 

@@ -33,7 +33,7 @@ p.add_argument('--seed', type=int, default=0, help='picture i depends on (seed, 
 p.add_argument('--out', default='samples.png', help='PNG to write')
 p.add_argument('--merge', default='', help='write the student as a whole pipeline folder instead, its LoRA merged into the weights')
 args = p.parse_args()
-m.at_least(args, steps=1, n=1, batch=1, seed=0)
+m.at_least(args, steps=1, n=1, batch=1, seed=0, cfg=0)
 if args.steps > 1000:
     m.die(f'--steps {args.steps} is more than the 1000 noise levels there are')
 m.writable_folder(Path(args.merge or args.out).parent, '--merge' if args.merge else '--out')
@@ -41,6 +41,8 @@ if args.merge and (args.teacher or Path(args.merge).exists()):
     m.die('--merge is for a student; leave --teacher away' if args.teacher else f'--merge {args.merge} exists; choose a new folder')
 
 folder, facts = m.find_student(args.ckpt)
+if Path(args.out).is_dir():
+    m.die(f'--out {args.out} is a folder; give the name of a PNG')
 prompts = [args.prompt] if args.prompt else m.read_prompts(args.prompts) if args.prompts else facts['prompts']
 prompts = [prompts[i % len(prompts)] for i in range(args.n)]
 device, dtype = ('cuda', torch.float16) if torch.cuda.is_available() else ('cpu', torch.float32)

@@ -19,6 +19,7 @@ Running the same command again resumes. out/stage2 gets what stage 1's folder ha
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -84,7 +85,12 @@ p.add_argument('--real_files', help='which files of --real')
 first, _ = p.parse_known_args()
 folder, facts = m.find_student(first.init, '--init', ['out/stage1'])
 handed = Path(folder).parent / 'args.json'
-handed = json.loads(handed.read_text()) if handed.exists() else {}
+try:
+    handed = dict(json.loads(handed.read_text()) if handed.exists() else {})
+except (OSError, ValueError, TypeError):
+    m.die(f'--init: {handed} is damaged; delete it to go on with the settings of the recipe')
+if (first.recipe or facts['recipe']) not in RECIPES:
+    m.die(f"--init {folder}: its recipe is {facts['recipe']!r}; give --recipe {' or '.join(RECIPES)}")
 recipe = first.recipe or facts['recipe']
 own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
        'log_every', 'wandb', 't5', 'lora', 'lora_alpha', 'lora_targets'}                    # not handed on
@@ -92,10 +98,11 @@ lora = facts.get('lora') or dict(rank=None, alpha=0., targets='attention')
 p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'],
                                         lora_alpha=lora['alpha'], lora_targets=','.join(lora['targets']) if facts.get('lora') else 'attention'))
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
-p.set_defaults(**handed)
-args = p.parse_args()
+# read as flags, so that they are checked as those are
+flags = [f'--{k}={v}' if not isinstance(v, bool) else f'--{k}' if v else f'--no-{k}' for k, v in handed.items() if v is not None]
+args = p.parse_args(flags + sys.argv[1:])
 args.recipe, args.init, args.init_iteration = recipe, str(folder), facts['iteration']
-m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0)
+m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0, rl_lr=0)
 if args.clamp >= 1:
     m.die(f'--clamp {args.clamp} must be below 1')
 if args.lora != lora['rank']:

@@ -819,8 +819,9 @@ def make_student():
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
+    sys.path.insert(0, str(ROOT))
+    import model
+    p = model.parser(__doc__)
     p.add_argument('--only', nargs='+', choices=COMPONENTS, default=COMPONENTS, help='components to build')
     p.add_argument('--out', type=Path, default=ROOT / 'assets/toy', help='folder for the finished files')
     p.add_argument('--work', type=Path, default=ROOT / 'out/make_toy', help='folder for pictures and checkpoints')
@@ -831,7 +832,12 @@ if __name__ == '__main__':
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device')
     args = p.parse_args()
     OUT, WORK, DEVICE, TOKENS = args.out, args.work, args.device, 24
-    OUT.mkdir(parents=True, exist_ok=True), WORK.mkdir(parents=True, exist_ok=True)
+    model.at_least(args, iters=0, pictures=1, pairs=1, seed=0)
+    try:
+        torch.empty(0, device=DEVICE)
+    except (RuntimeError, AssertionError) as error:
+        model.die(f'--device {DEVICE}: {str(error).splitlines()[0]}')
+    model.writable_folder(OUT, '--out'), model.writable_folder(WORK, '--work')
     for name in args.only:
         done = WORK / f'{name}.done'
         if done.exists():

@@ -4,7 +4,9 @@ Data, checkpoints, the exported student and the toy world's files.    pytest tes
 
 import io
 import json
+import os
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -50,6 +52,21 @@ def test_every_kind_of_source(tmp_path):
                 tar.addfile(info, io.BytesIO(data))
     sample = m.Pictures(str(tmp_path / 'shard.tar'), '', 'jpg', 'json.prompt', 64, 0)[0]
     assert sample['text'].startswith('tar')
+
+
+def test_an_archive_writes_nothing_outside(tmp_path):
+    """Names with ../ and absolute ones in a webdataset tar: its pictures are rows like others, no file of it is unpacked."""
+    (tmp_path / 'a/b').mkdir(parents=True)
+    with tarfile.open(tmp_path / 'a/b/shard.tar', 'w') as tar:
+        for i, name in enumerate(['../up', '../../up', f'{tmp_path}/absolute', 'x/../../up']):
+            for suffix, data in [('jpg', png()), ('json', json.dumps({'prompt': f'tar {i}'}).encode())]:
+                info = tarfile.TarInfo(f'{name}{i}.{suffix}')
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    pictures = m.Pictures(str(tmp_path / 'a/b/shard.tar'), '', 'jpg', 'json.prompt', 64, 0)
+    assert {pictures[i]['text'] for i in range(4)} == {f'tar {i}' for i in range(4)}
+    assert [f.name for f in tmp_path.rglob('*') if f.is_file()] == ['shard.tar']
+    assert not [*ROOT.glob('up*'), *ROOT.parent.glob('up*'), *tmp_path.parent.glob('up*')]
 
 
 def test_broken_and_tiny_pictures_are_skipped_and_counted(tmp_path):
@@ -158,6 +175,46 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             tmp.write_text('half')
             raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ['x.json'] and (tmp_path / 'x.json').read_text() == 'old'
+
+
+def test_more_ranks_than_gpus(monkeypatch, capsys):
+    """Two ranks on a machine with one GPU: both stop, and the first says so."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    env = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
+    for k, v in env.items():
+        monkeypatch.setenv(k, v)
+    assert m.ranks() == (0, 0, 1)
+    monkeypatch.setenv('WORLD_SIZE', '2'), monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    for rank in ('0', '1'):
+        monkeypatch.setenv('RANK', rank), monkeypatch.setenv('LOCAL_RANK', rank)
+        with pytest.raises(SystemExit) as stop:
+            m.ranks()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count('\n') == (rank == '0') and ('2 ranks' in said) == (rank == '0')
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='permissions do not bind root')
+def test_a_folder_without_write_permission(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    for path in (tmp_path, tmp_path / 'new'):
+        with pytest.raises(SystemExit) as stop:
+            m.writable_folder(path, '--out')
+        assert stop.value.code == 2 and f'--out {path} cannot be written' in capsys.readouterr().err
+
+
+def test_no_code_that_runs_what_it_reads():
+    """No pickles, no code from the hub, no shell, in the scripts and in what the tests run as scripts."""
+    files = [*ROOT.glob('*.py'), ROOT / 'tests/make_toy.py', ROOT / 'tests/bench.py']
+    assert len(files) >= 8
+    for file in files:
+        code = file.read_text()
+        for word in ('pickle.load', 'Unpickler(', 'trust_remote_code', 'shell=', 'os.system', 'os.popen', 'weights_only=False',
+                     'allow_pickle=True', 'yaml.load'):
+            assert word not in code, (file.name, word)
+        assert not re.search(r'(?<![\w.])(?:eval|exec)\(', code), file.name
+        for call in re.findall(r'(?:torch\.load|load_state_dict_from_url)\(.*', code):
+            assert 'weights_only=True' in call, (file.name, call)
 
 
 # ------------------------------------------------------------------------------------------------ the exported student

@@ -4,6 +4,7 @@ pytest tests/test_scripts.py
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,36 @@ def plain(tmp_path_factory):
     out = tmp_path_factory.mktemp('runs') / 'plain'
     train(out, '--iters', 20, '--save_every', 10, '--sample_every', 20)
     return out
+
+
+# ------------------------------------------------------------------------------------------------- how scripts are started
+
+@pytest.mark.parametrize('end, code', [
+    ('pass', 0), ('sys.exit()', 0), ('sys.exit(3)', 3), ('sys.exit("words")', 1), ('1 / 0', 1), ('os.kill(os.getpid(), 9)', -9)])
+def test_a_fork_is_a_start(end, code, tmp_path):
+    """What a script sees, prints and leaves, started by forkserver.py and by Python: the same."""
+    (tmp_path / 'code').mkdir()
+    (tmp_path / 'code/beside.py').write_text('')
+    (tmp_path / 'code/x.py').write_text(
+        'import atexit, os, sys, threading, beside\n'
+        'print(sys.argv, sys.path[0], __name__, __file__, os.getcwd(), os.environ["A"], sys.stdout.encoding)\n'
+        'print("an error", file=sys.stderr)\n'
+        'atexit.register(print, "at exit")\n'
+        'threading.Thread(target=lambda: threading.Event().wait(.1) or print("a thread")).start()\n' + end)
+    (tmp_path / 'x.py').symlink_to(tmp_path / 'code/x.py')
+    one, two = (start('x.py', '--a', 1, 'b c', cwd=tmp_path, env=dict(A='\u00e4'), fork=f) for f in (True, False))
+    assert one.returncode == two.returncode == code and one.stdout == two.stdout
+    assert ('a thread\nat exit\n' in one.stdout) == (code >= 0)
+    ours = [x for x in one.stderr.splitlines() if 'forkserver.py' not in x and 'exec(' not in x]       # a traceback goes deeper
+    assert ours == two.stderr.splitlines()
+
+
+def test_a_fork_that_hangs_is_killed(tmp_path):
+    (tmp_path / 'x.py').write_text('import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(60)')
+    with pytest.raises(subprocess.TimeoutExpired):
+        start(tmp_path / 'x.py', cwd=tmp_path, timeout=2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'pid').read_text()), 0)
 
 
 # ------------------------------------------------------------------------------------------- the same result, any way
@@ -128,6 +159,12 @@ def test_sample_teacher_prompt_and_prompts_file(tmp_path):
     for flags in (['--teacher', '--steps', 3, '--cfg', 2], ['--prompts', tmp_path / 'p.txt'], ['--prompt', 'a red star on white']):
         done = start('sample.py', '--ckpt', 'assets/toy/student', *flags, '--n', 2, '--out', tmp_path / 's.png')
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_huge_prompt_is_cut(tmp_path):
+    (tmp_path / 'p.txt').write_text('a red circle on blue ' * 50_000)
+    done = start('sample.py', '--ckpt', 'assets/toy/student', '--prompts', tmp_path / 'p.txt', '--n', 1, '--out', tmp_path / 's.png')
+    assert done.returncode == 0 and Image.open(tmp_path / 's.png').size[0] < 400, done.stderr[-2000:]
 
 
 def test_sample_finds_the_newest_run(plain, tmp_path):
@@ -381,9 +418,27 @@ def prepare(folder):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text('{}')
     (folder / 'other.json').write_text('{"settings": {}}')
+    facts = json.loads((ROOT / 'assets/toy/student/student.json').read_text())
+    for name, content in dict(
+            list=[facts], lacking={k: v for k, v in facts.items() if k != 'prompts'}, types=facts | dict(iteration='300'),
+            steps=facts | dict(steps=['999', '749']), no_steps=facts | dict(steps=[]), prompts=facts | dict(prompts=[1]),
+            null=None, lost=facts | dict(base_model='no/where/at/all'), recipe=facts | dict(recipe='cake')).items():
+        (folder / f'student_{name}').mkdir()
+        (folder / f'student_{name}/student.json').write_text(json.dumps(content))
+    (folder / 'student_deep').mkdir()
+    (folder / 'student_deep/student.json').write_text('[' * 100000)
+    (folder / 'student_folder/student.json').mkdir(parents=True)
+    for name, content in dict(damaged='{', list='[1]', types='{"batch": [4]}', choice='{"gan": "dino"}').items():
+        (folder / f'init_{name}/student').mkdir(parents=True)
+        (folder / f'init_{name}/student/student.json').write_text(json.dumps(facts))
+        (folder / f'init_{name}/args.json').write_text(content)
+    for name, flags in dict(one={'model': 'assets/toy/sdxl'}, two={'model': 'assets/toy/sdxl', 'rl_ratio': 5}).items():
+        (folder / f'stage_{name}/state-0000005').mkdir(parents=True)
+        (folder / f'stage_{name}/state-0000005/state.json').write_text(json.dumps(dict(iteration=5, args=flags)))
 
 
-BAD = [
+TORCHRUN = ['MASTER_ADDR=127.0.0.1', 'MASTER_PORT=29571', 'LOCAL_RANK=0']
+BAD = [                          # script, flags and before them what is set in the environment, what the sentence names
     ('train_stage1.py', ['--iterz', 3], 'unrecognized'),
     ('train_stage1.py', ['--iter', 3], 'unrecognized'),
     ('train_stage1.py', ['--gan', 'dino'], 'invalid choice'),
@@ -410,6 +465,31 @@ BAD = [
     ('train_stage1.py', ['--image_column', 'text'], '--image_column text'),
     ('train_stage1.py', ['--prompts', 'TMP/empty.txt'], '--prompts'),
     ('train_stage1.py', ['--out', 'TMP/a_file'], '--out'),
+    ('train_stage1.py', ['--out', 'TMP/a_file/run'], '--out'),
+    ('train_stage1.py', ['--out', '/proc/run'], '--out'),
+    ('train_stage1.py', ['--out', 'TMP/stage_two'], 'the other stage'),
+    ('train_stage1.py', ['--iters', 'many'], '--iters'),
+    ('train_stage1.py', ['--steps', 1001], '--steps 1001'),
+    ('train_stage1.py', ['--warmup', -1], '--warmup -1'),
+    ('train_stage1.py', ['--seed', -1], '--seed -1'),
+    ('train_stage1.py', ['--seed', 2 ** 70], '--seed'),
+    ('train_stage1.py', ['--student_lr', 'nan'], '--student_lr nan'),
+    ('train_stage1.py', ['--fake_lr=-1e-4'], '--fake_lr -0.0001'),
+    ('train_stage1.py', ['--heads_lr', 'inf'], '--heads_lr inf'),
+    ('train_stage1.py', ['--gan_weight', 'nan'], '--gan_weight nan'),
+    ('train_stage1.py', ['--cfg', 'nan'], '--cfg nan'),
+    ('train_stage1.py', ['--couple', 'nan'], '--couple nan'),
+    ('train_stage1.py', ['--model', ''], '--model'),
+    ('train_stage1.py', ['--sam', 'TMP/notes'], '--sam'),
+    ('train_stage1.py', ['--prompts', 'TMP/notes'], '--prompts'),
+    ('train_stage1.py', ['RANK=0'], 'RANK=0'),
+    ('train_stage1.py', ['WORLD_SIZE=2'], 'WORLD_SIZE=2'),
+    ('train_stage1.py', [*TORCHRUN, 'WORLD_SIZE=2'], 'WORLD_SIZE=2'),
+    ('train_stage1.py', [*TORCHRUN, 'RANK=one', 'WORLD_SIZE=2'], 'RANK=one'),
+    ('train_stage1.py', [*TORCHRUN, 'RANK=2', 'WORLD_SIZE=2'], 'RANK=2'),
+    ('train_stage1.py', [*TORCHRUN, 'RANK=1', 'WORLD_SIZE=2', 'LOCAL_RANK=-1'], 'LOCAL_RANK=-1'),
+    ('train_stage1.py', ['RANK=0', 'LOCAL_RANK=0', 'WORLD_SIZE=2'], 'torchrun'),
+    ('train_stage1.py', [*TORCHRUN, 'RANK=0', 'WORLD_SIZE=3'], '--batch 16'),
     ('train_stage2.py', ['--init', 'TMP/nowhere'], '--init'),
     ('train_stage2.py', ['--init', 'TMP/notes'], '--init'),
     ('train_stage2.py', ['--candidates', 1], '--candidates 1'),
@@ -424,7 +504,29 @@ BAD = [
     ('train_stage2.py', ['--lrm', 'TMP/lrm_other'], 'latent channels'),
     ('train_stage2.py', ['--lrm', 'TMP/lrm_pickled'], '--lrm'),
     ('train_stage2.py', ['--rl_prompts', 'TMP/empty.txt'], '--rl_prompts'),
+    ('train_stage2.py', ['--rl_prompts', 'TMP/notes'], '--rl_prompts'),
+    ('train_stage2.py', ['--rl_lr', 'nan'], '--rl_lr nan'),
+    ('train_stage2.py', ['--student_lr', 'nan'], '--student_lr nan'),
+    ('train_stage2.py', ['--beta', 'nan'], '--beta nan'),
+    ('train_stage2.py', ['--clamp', 'nan'], '--clamp nan'),
+    ('train_stage2.py', ['--out', 'TMP/stage_one'], 'the other stage'),
+    ('train_stage2.py', ['--init', 'TMP/student_steps'], '--init'),
+    ('train_stage2.py', ['--init', 'TMP/student_recipe', '--recipe', ''], 'cake'),
+    ('train_stage2.py', ['--init', 'TMP/init_damaged'], 'args.json is damaged'),
+    ('train_stage2.py', ['--init', 'TMP/init_list'], 'args.json is damaged'),
+    ('train_stage2.py', ['--init', 'TMP/init_types'], '--batch'),
+    ('train_stage2.py', ['--init', 'TMP/init_choice'], '--gan'),
+    ('train_stage2.py', ['RANK=0', 'WORLD_SIZE=1'], 'RANK=0'),
     ('sample.py', ['--steps', 0], '--steps 0'),
+    ('sample.py', ['--steps', 1001], '--steps 1001'),
+    ('sample.py', ['--cfg', 'nan'], '--cfg nan'),
+    ('sample.py', ['--seed', -1], '--seed -1'),
+    ('sample.py', ['--out', 'TMP/notes'], 'is a folder'),
+    ('sample.py', ['--out', '/proc/x.png'], '--out'),
+    ('sample.py', ['--prompts', 'TMP/notes'], '--prompts'),
+    ('sample.py', ['--teacher', '--ckpt', 'TMP/student_lost'], '--teacher'),
+    *(('sample.py', ['--ckpt', f'TMP/student_{name}'], '--ckpt')
+      for name in ('list', 'lacking', 'types', 'steps', 'no_steps', 'prompts', 'null', 'deep', 'folder')),
     ('sample.py', ['--step', 4], 'unrecognized'),
     ('sample.py', ['--ckpt', 'TMP/nowhere'], '--ckpt'),
     ('sample.py', ['--ckpt', 'TMP/notes'], '--ckpt'),
@@ -445,6 +547,23 @@ BAD = [
     ('evaluate.py', ['--pipeline', 'TMP/notes'], '--pipeline'),
     ('evaluate.py', ['--out', 'TMP/other.json'], '--out'),
     ('evaluate.py', ['--real', 'TMP/nowhere'], '--real'),
+    ('evaluate.py', ['--ckpt', 'TMP/student_lacking'], '--ckpt'),
+    ('evaluate.py', ['--ckpt', 'TMP/student_recipe'], 'cake'),
+    ('evaluate.py', ['--out', 'TMP/notes'], '--out'),
+    ('evaluate.py', ['--prompts', 'TMP/notes'], '--prompts'),
+    ('evaluate.py', ['--cfg', 'nan'], '--cfg nan'),
+    ('evaluate.py', ['--n', -1], '--n -1'),
+    ('evaluate.py', ['RANK=0'], 'RANK=0'),
+    ('evaluate.py', [*TORCHRUN, 'RANK=0', 'WORLD_SIZE=two'], 'WORLD_SIZE=two'),
+    ('tests/make_toy.py', ['--only', 'everything'], 'invalid choice'),
+    ('tests/make_toy.py', ['--iter', 3], 'unrecognized'),
+    ('tests/make_toy.py', ['--iters', -1], '--iters -1'),
+    ('tests/make_toy.py', ['--pictures', 0], '--pictures 0'),
+    ('tests/make_toy.py', ['--seed', -1], '--seed -1'),
+    ('tests/make_toy.py', ['--device', 'abacus'], '--device abacus'),
+    ('tests/make_toy.py', ['--device', 'cuda'], '--device cuda'),
+    ('tests/make_toy.py', ['--out', 'TMP/a_file'], '--out'),
+    ('tests/make_toy.py', ['--work', '/proc/work'], '--work'),
 ]
 
 
@@ -465,22 +584,29 @@ def outcomes(request, tmp_path_factory):
     Two processes at a time: starting Python takes most of their time, and one core."""
     broken = tmp_path_factory.mktemp('broken')
     prepare(broken)
-    before = listing(broken)
+    before = listing(broken), listing(ROOT / 'assets')
 
     def run(bad):
         script, flags, _ = bad
         out = tmp_path_factory.mktemp('out')
-        flags = [str(f).replace('TMP', str(broken)) for f in flags]
+        env = dict(f.split('=') for f in flags if '=' in str(f) and f[0] != '-') | dict(OMP_NUM_THREADS='1')
+        flags = [str(f).replace('TMP', str(broken)) for f in flags if str(f).split('=')[0] not in env]
         extra = [] if '--out' in flags else ['--out', out / ('run' if script.startswith('train') else 'x.png')]
-        extra += ['--recipe', 'toy', '--iters', 1] if script.startswith('train') else []
+        if script.startswith('train'):
+            extra += [x for k, v in [('--recipe', 'toy'), ('--iters', 1)] if k not in flags for x in (k, v)]
+        if script == 'tests/make_toy.py':
+            extra += [x for k, v in [('--only', 'data'), ('--work', out / 'work')] if k not in flags for x in (k, v)]
         extra += ['--ckpt', 'assets/toy/student'] if script in ('sample.py', 'evaluate.py') and '--ckpt' not in flags else []
-        return start(script, *flags, *extra, timeout=120, env=dict(OMP_NUM_THREADS='1')), out
+        try:
+            return start(script, *flags, *extra, timeout=120, env=env), out
+        except subprocess.TimeoutExpired:                                      # it took the bad input, and others still count
+            return subprocess.CompletedProcess(script, -9, '', 'still running after 120 s'), out
 
     chosen = [BAD.index(tuple(item.callspec.params[k] for k in ('script', 'flags', 'names'))) for item in request.session.items
               if item.name.startswith('test_bad_input')]
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(chosen, pool.map(run, [BAD[k] for k in chosen])))
-    return found, broken, before, listing(broken)
+    return found, broken, before, (listing(broken), listing(ROOT / 'assets'))
 
 
 @pytest.mark.parametrize('script, flags, names', BAD, ids=[f'{s[:-3]} {" ".join(map(str, f))}' for s, f, _ in BAD])
@@ -491,7 +617,7 @@ def test_bad_input_is_one_sentence(script, flags, names, outcomes):
     assert done.returncode == 2, done.stderr[-2000:]
     assert len(lines) == 1 and 'error: ' in lines[0] and names.replace('TMP', str(folder)) in lines[0], done.stderr[-2000:]
     assert 'Traceback' not in done.stderr and 'unpickled' not in done.stdout
-    assert after == before and not list(out.glob('run/state-*'))
+    assert after[0] == before[0] and after[1] == before[1] and not listing(out)
 
 
 def test_a_run_of_another_model_is_not_overwritten(plain, tmp_path):
