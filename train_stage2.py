@@ -82,7 +82,7 @@ handed = Path(folder).parent / 'args.json'
 handed = json.loads(handed.read_text()) if handed.exists() else {}
 recipe = first.recipe or facts['recipe']
 own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
-       'log_every', 'wandb'}                                                                # not handed on
+       'log_every', 'wandb', 'shard', 'timeout', 'disk_full'}                                                                # not handed on
 p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps'])))
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
 p.set_defaults(**handed)
@@ -131,7 +131,7 @@ def distils(it):
 # data, log
 
 pictures = m.Pictures(args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
-loader = iter(pictures.batches(args.batch, run.rank, run.world, filter(distils, range(start, args.iters)), args.workers))
+loader = pictures.batches(args.batch, run.rank, run.world, filter(distils, range(start, args.iters)), args.workers)
 rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
 
 
@@ -201,6 +201,7 @@ def evaluate(it):
 
 for it in range(start, args.iters + 1):
     last = it == args.iters
+    stop = run.told_to_stop(it) or last
     if run.master and args.sample_every and (it % args.sample_every == 0 or last):
         row_of = lambda net: base.decode(m.backward_simulation(base, net, steps, grid_noise, base.encode(prompts)))
         with torch.no_grad():
@@ -208,9 +209,9 @@ for it in range(start, args.iters + 1):
                            ['stage 1', 'stage 2'])
     if args.eval_every and (it % args.eval_every == 0 or last):
         evaluate(it)
-    if run.master and (it % args.save_every == 0 and it > start or last):
-        d.save(it, dict(prompts=prompts))
-    if last:
+    if it > start and (it % args.save_every == 0 or stop) or last:
+        d.save(it, dict(prompts=prompts), stop)
+    if stop:
         break
 
     if distils(it):                                                    # one iteration of stage 1, described there
@@ -262,4 +263,4 @@ for it in range(start, args.iters + 1):
     if (it + 1) % args.log_every == 0:
         run.report(it + 1, LINE)
 
-run.close()
+run.close(it)
