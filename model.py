@@ -706,32 +706,31 @@ class Pictures(torch.utils.data.Dataset):
 
     def batches(self, batch, rank, world, its, workers):
         """Yields this rank's share of the batches of iterations `its`. Decoding runs in worker processes; where one dies (out
-        of memory, a damaged disk), new ones go on with the same batch, at most three times for one batch."""
+        of memory, a damaged disk, a job queue's SIGTERM), new ones go on with the same batch, three times at most."""
         mine, its, done, deaths = range(rank * batch // world, (rank + 1) * batch // world), [*its], 0, 0
         # fork, since a spawned worker would run the training script again from its first line; on a Mac, where forking
         # is not safe, the pictures are decoded in the main process
         workers = 0 if sys.platform == 'darwin' else workers
         while done < len(its):
             try:
-                # workers ignore SIGTERM, which a job queue sends to every process: the run still needs them for a moment
                 loader = iter(torch.utils.data.DataLoader(
                     self, batch_size=len(mine), sampler=[it * batch + i for it in its[done:] for i in mine],
                     num_workers=workers, multiprocessing_context='fork' if workers else None,
-                    worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), pin_memory=torch.cuda.is_available()))
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch's would raise in the middle of anything, not in next()
+                    pin_memory=torch.cuda.is_available()))
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # torch's raises wherever the run is, not in next() only
                 for rows in loader:
                     yield rows
                     done, deaths = done + 1, 0
             except Unreadable:
-                die(f'{self.source}: {min(len(self.rows), 1000)} pictures in a row, from iteration {its[done]} on, cannot be read, '
-                    f'are smaller than {self.size // 2} px or have no caption; put the files back and run again', alone=True)
-            except RuntimeError as error:
-                if 'DataLoader worker' not in str(error):
+                die(f'{self.source}: {min(len(self.rows), 1000)} pictures in a row, from iteration {its[done]} on, cannot be '
+                    f'read, are smaller than {self.size // 2} px or have no caption; put the files back and run again', alone=True)
+            except (RuntimeError, OSError, EOFError) as error:       # an OSError: it died before its batch was handed over
+                if not workers or isinstance(error, RuntimeError) and 'DataLoader worker' not in str(error):
                     raise
                 deaths += 1
                 if deaths > 3:
                     die(f'{self.source}: its worker processes died {deaths} times at iteration {its[done]} '
-                        f'({str(error).splitlines()[0]}); use fewer --workers, or 0 to decode in the main process', alone=True)
+                        f'({" ".join(str(error).split())[:200]}); use fewer --workers, or 0 for no such process', alone=True)
                 print(f'rank {rank}: a data worker died at iteration {its[done]}, others take over', flush=True)
 
 
@@ -807,12 +806,12 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
+        sys.excepthook = self.unforeseen
         if self.world > 1:
             patience = timedelta(minutes=args.timeout + 5)             # more than watch() has, which can say who is missing
             self.store = next(dist.rendezvous('env://', timeout=patience))[0]
             dist.init_process_group('nccl' if self.cuda else 'gloo', store=self.store, rank=self.rank, world_size=self.world,
                                     timeout=patience)
-            sys.excepthook = self.lost
         torch.manual_seed(args.seed)                     # the heads' initial weights; all else has streams of its own
         self.mine = range(self.rank * args.batch // self.world, (self.rank + 1) * args.batch // self.world)
         self.meter, self.in_a_row, self.dropped, self.skipped = {}, 0, 0, 0
@@ -880,12 +879,14 @@ class Run:
                   + f'; the last save in {self.out} is good, run again', file=sys.stderr, flush=True)
         os._exit(2)                                          # the main thread sits in a collective and cannot be asked to
 
-    def lost(self, kind, error, trace):
-        """sys.excepthook where there are ranks: a collective that fails since another rank is gone is no traceback."""
+    def unforeseen(self, kind, error, trace):
+        """sys.excepthook: another rank's end and a full disk are known ends too, and no tracebacks."""
+        when = f'in iteration {self.it}' if self.it is not None else 'before the first iteration'
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            die(f'--out {self.out}: no space left {when}; the last save is good, make room and run again', alone=True)
         if not isinstance(error, dist.DistError) and 'gloo' not in str(error):
             return sys.__excepthook__(kind, error, trace)
-        when = f'in iteration {self.it}' if self.it is not None else 'before the first iteration'
-        print(f'error: rank {self.rank} lost another rank {when}; its own last words say why, the last save in {self.out} is '
+        print(f'error: rank {self.rank} lost another rank {when}, whose own last words say why; the last save in {self.out} is '
               'good, run again', file=sys.stderr, flush=True)
         os._exit(2)                                              # at a normal exit the group would wait for who is gone
 
@@ -902,8 +903,8 @@ class Run:
         if differ.any():
             names = ', '.join(name for name, off in zip(nets, differ.any(0).tolist()) if off)
             ranks = ', '.join(str(k) for k, off in enumerate(differ.any(1).tolist()) if off)
-            die(f'at iteration {it} the weights of {names} on rank {ranks} differ from those on rank 0, a bug or a faulty device; '
-                f'nothing was saved, the save before this one in {self.out} is good')
+            die(f'at iteration {it} the weights of {names} on rank {ranks} differ from those on rank 0, a bug or a faulty '
+                f'device; nothing was saved, the save before this one in {self.out} is good')
 
     def note(self, name, value):
         """Adds a tensor, which stays on the device, to the mean of `name` in the next log line."""
@@ -957,8 +958,9 @@ class Run:
                 'the learning rates or --gan_weight and run again')
 
     def close(self, it):
+        self.moved = float('inf')                                                            # for watch(): nothing to expect
         if it < self.args.iters:
-            self.print(f'told to stop (SIGTERM) after iteration {it}, which is saved in {self.out}: the same command goes on')
+            self.print(f'told to stop (SIGTERM) after iteration {it}, saved in {self.out}: the same command goes on from there')
         elif self.master:
             curves(self.log, self.out / 'curves.png')
             minutes = (time.time() - self.began) / 60
@@ -1142,8 +1144,8 @@ class Distillation:
         if self.run.master:
             tensors = [v for net in self.nets.values() for v in net.state_dict().values()]
             tensors += [v for part in moments.values() for v in part.values()]
-            exported = [w for part in self.base.pipe.components.values() if isinstance(part, nn.Module) for w in part.parameters()]
-            need = sum(v.nbytes for v in tensors) + sum(w.numel() for w in exported) * dtype.itemsize
+            parts = [part for part in self.base.pipe.components.values() if isinstance(part, nn.Module)]
+            need = sum(v.nbytes for v in tensors) + sum(w.numel() for part in parts for w in part.parameters()) * dtype.itemsize
             try:
                 for unfinished in out.glob('state-*.*'):                                             # of a run that was killed
                     shutil.rmtree(unfinished)
@@ -1159,7 +1161,7 @@ class Distillation:
                            'save before it stays')
         if self.run.any(trouble is not None):
             if last or self.args.disk_full == 'stop':
-                die(f'{trouble}: make room and run again' if self.run.master else '')
+                die(f'{trouble or "rank 0 could not save"}; make room and run again')
             self.run.print(f'{trouble}, going on to the next')
 
     @torch.no_grad()
@@ -1213,7 +1215,7 @@ def crc(file):
 def save_state(folder, it, nets, moments, args):
     """Writes folder/state-<it>: each network's weights and each optimiser's moments ({'student.opt': whole_moments(opt)}) as
     safetensors, and state.json with their sizes and checksums. The folder appears in one rename; the state before it is kept,
-    all others go: older ones, and newer ones, which were damaged or the run would not be here."""
+    older ones go."""
     from safetensors.torch import save_file
     folder = Path(folder)
     with replacing(folder / f'state-{it:07d}') as tmp:
@@ -1222,8 +1224,7 @@ def save_state(folder, it, nets, moments, args):
             save_file({k: v.contiguous() for k, v in tensors.items()}, tmp / f'{name}.safetensors')
         files = {f.name: [f.stat().st_size, crc(f)] for f in tmp.iterdir()}
         (tmp / 'state.json').write_text(json.dumps(dict(iteration=it, args=args, files=files), indent=1))
-    kept = [folder / f'state-{it:07d}', *sorted(f for f in states_of(folder) if int(f.name[6:]) < it)[-1:]]
-    for old in [f for f in states_of(folder) if f not in kept]:
+    for old in states_of(folder)[:-2]:
         shutil.rmtree(old)
 
 
@@ -1233,9 +1234,10 @@ def states_of(folder):
 
 
 def damage(state):
-    """What is wrong with a saved state's files, by the sizes and checksums in its state.json; '' for nothing."""
+    """What is wrong with a saved state's files, by the sizes and checksums in its state.json (which those of earlier versions
+    do not have); '' for nothing."""
     try:
-        for name, (size, check) in json.loads((state / 'state.json').read_text())['files'].items():
+        for name, (size, check) in json.loads((state / 'state.json').read_text()).get('files', {}).items():
             if (state / name).stat().st_size != size or crc(state / name) != check:
                 return f'{name} is not what was written'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1244,15 +1246,17 @@ def damage(state):
 
 
 def newest_sound(folder):
-    """(the newest undamaged state in a run's folder, a sentence on the damaged), None for none. Rank 0 looks, for all."""
-    found = [None, '']
+    """(the newest undamaged state in a run's folder or None, [(newer damaged state, what is wrong)]). Rank 0 looks, for all:
+    reading everything once is enough, and ranks must not come to different answers."""
+    state, damaged = None, []
     if os.environ.get('RANK', '0') == '0':
         for state in reversed(states_of(folder)):
             wrong = damage(state)
             if not wrong:
-                found[0] = str(state)
                 break
-            found[1] += f'{state} is damaged ({wrong}); '
+            damaged.append((state, wrong))
+            state = None
+    found = [state, damaged]
     if dist.is_initialized():
         dist.broadcast_object_list(found, 0)
     return found
@@ -1261,20 +1265,24 @@ def newest_sound(folder):
 def load_state(folder, nets, opts, args, flag='--out', inherit=False):
     """Loads the newest sound folder/state-* into nets and opts; returns its iteration, or 0 where there is none.
 
-    A damaged state is passed over with a line; where there is no other, or it is one of another model, the run ends with a
-    sentence. Settings that differ from the saved ones are printed, the command line wins. inherit=True is for a run of another
-    kind: it loads what is there and returns the set of its files' names without .safetensors.
+    A damaged state is set aside (.damaged, until the next save) with a line; where there is no other, or it is one of another
+    model, the run ends with a sentence. Settings that differ from the saved ones are printed, the command line wins.
+    inherit=True is for a run of another kind: it changes nothing in the folder, loads what is there and returns the set of its
+    files' names without .safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    state, wrong = newest_sound(folder)
+    state, damaged = newest_sound(folder)
+    master, told = os.environ.get('RANK', '0') == '0', '; '.join(f'{path} is damaged ({wrong})' for path, wrong in damaged)
     if state is None:
-        if wrong:
-            die(f'{wrong}no other is there: choose another {flag}, or delete it to start from the beginning')
+        if damaged:
+            die(f'{told}; there is no other: choose another {flag}, or delete it to start from the beginning')
         return set() if inherit else 0
-    state, master = Path(state), os.environ.get('RANK', '0') == '0'
-    if wrong and master:
-        print(f'{wrong}going on from {state}', flush=True)
+    if master and damaged:
+        print(f'{told}: going on from {state}', flush=True)
+        for path, _ in [] if inherit else damaged:
+            shutil.rmtree(f'{path}.damaged', ignore_errors=True)
+            os.replace(path, f'{path}.damaged')
     way_out = f'delete {state} to go on from the state before it, or choose another {flag}'
     there = {f.name.removesuffix('.safetensors') for f in state.glob('*.safetensors')}
     wanted = {*nets, *(f'{name}.opt' for name in opts)} & there if inherit else {*nets, *(f'{name}.opt' for name in opts)}

@@ -82,7 +82,7 @@ handed = Path(folder).parent / 'args.json'
 handed = json.loads(handed.read_text()) if handed.exists() else {}
 recipe = first.recipe or facts['recipe']
 own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
-       'log_every', 'wandb', 'shard', 'timeout', 'disk_full'}                                                                # not handed on
+       'log_every', 'wandb', 'shard', 'timeout', 'disk_full'}                               # not handed on
 p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps'])))
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
 p.set_defaults(**handed)
