@@ -129,7 +129,7 @@ def meets(d, it):
     assert run.returncode == 0 and 'from iteration 2' in said, said[-3000:]
     shares = [float(x) for line in said.splitlines() if ' holds ' in line for x in line.split()[3:]]
     assert len(shares) == 8 and all(.4 < share < .6 for share in shares)
-    assert 'rank 0 lost another rank in iteration 3' in said and 'Traceback' not in said.split('torch.distributed.elastic')[0]
+    assert 'rank 0 lost another rank in iteration 3' in said and 'model.py", line' not in said
     assert equal(weights(two), weights(tmp_path / 'run')) and equal(weights(two, 2), weights(tmp_path / 'run', 2))
     assert [row['iteration'] for row in rows(tmp_path / 'run')] == [1, 2, 3, 4]
 
@@ -301,7 +301,7 @@ for it in range(100):
         'batch=2 micro=1 iters=9 save_every=1 log_every=1 sample_every=0 warmup=0 cooldown=0').split() for x in ('--' + k).split('=')))
     said = run.communicate(timeout=200)[0]
     errors = [line for line in said.splitlines() if line.startswith('error: ')]
-    assert run.returncode and len(errors) == 1 and 'Traceback' not in said.split('torch.distributed.elastic')[0], said[-3000:]
+    assert run.returncode and len(errors) == 1 and 'model.py", line' not in said, said[-3000:]
     assert 'iteration 2 has taken more than --timeout 0.1 minutes' in errors[0]
     assert f'no answer: rank {stopped}' in errors[0] and f'(in_model): rank {1 - stopped}' in errors[0]
 
@@ -324,10 +324,10 @@ def test_a_data_worker_may_die(tmp_path, capfd, monkeypatch):
         found.append(rows['text'])
         if len(found) == 5:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(1)                                                       # no exception here, out of nowhere
         if len(found) == 20:                                                    # a job queue's, which all processes get
             for child in multiprocessing.active_children():
                 os.kill(child.pid, signal.SIGTERM)
-        time.sleep(.02)                                                         # no exception here, out of nowhere
     assert found == calm and 'rank 1: a data worker died at iteration' in capfd.readouterr().out
     pictures._text = lambda row: os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(SystemExit) as stop:
