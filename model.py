@@ -13,15 +13,19 @@ ADM (2507.18569) for the discriminator heads, SenseFlow (2506.00523) for the cou
 import argparse
 import contextlib
 import copy
+import errno
 import functools
 import io
 import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +36,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
@@ -39,9 +44,10 @@ from torch.utils.checkpoint import checkpoint
 # errors and files
 
 
-def die(message):
-    """Ends the run with one sentence for the user and exit code 2 (one line per machine, not one per rank)."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':
+def die(message, alone=False):
+    """Ends the run with one sentence for the user and exit code 2: one line per machine, as all ranks come to the same end,
+    unless this rank is alone with its trouble."""
+    if alone or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -94,16 +100,25 @@ def quiet():
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path beside `path`, a file or a folder; on success it takes path's place in one rename, on any
-    error what stood there stays."""
+    error what stood there stays. What is written reaches the disk before the name does, so a power cut leaves no empty file."""
     path = Path(path)
     temporary = path.with_name(f'{path.name}.tmp{path.suffix}')
 
     def remove(p):
         shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
+    def flush(p):
+        handle = os.open(p, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
     remove(temporary)
     try:
         yield temporary
+        for p in [*temporary.rglob('*'), temporary]:
+            flush(p)
         if path.is_dir():                            # a folder cannot be renamed onto another that is not empty
             old = path.with_name(path.name + '.old')
             remove(old)
@@ -112,6 +127,7 @@ def replacing(path):
             remove(old)
         else:
             os.replace(temporary, path)
+        flush(path.parent)
     finally:
         remove(temporary)
 
@@ -736,6 +752,10 @@ def load_latent_reward(name, base, flag='--lrm'):
 # data
 
 
+class Unreadable(Exception):
+    """So many pictures in a row cannot be read that the data set is not what it was."""
+
+
 class Pictures(torch.utils.data.Dataset):
     """Captioned pictures by position: the p-th sample of an endless shuffled stream that depends on (seed, p) alone.
 
@@ -777,6 +797,7 @@ class Pictures(torch.utils.data.Dataset):
             [image_column, text_column.split('.')[0]])
         self.texts = self.rows.select_columns([text_column.split('.')[0]])
         self.image_column, self.text_path, self.size, self.seed = image_column, text_column.split('.'), size, seed
+        self.source = f'{flag} {source}'
         self.epoch, self.order = None, None
 
     def _text(self, row):
@@ -799,11 +820,14 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         for skipped in range(min(len(self.rows), 1000)):
-            row = self.rows[self._place(position + skipped)]
+            try:
+                row = self.rows[self._place(position + skipped)]
+            except (OSError, ValueError):                                           # its shard is gone, or no longer whole
+                continue
             pixels, text = self._pixels(row[self.image_column]), self._text(row)
             if pixels is not None and text is not None:
                 return dict(pixels=pixels, text=text, skipped=skipped)
-        raise RuntimeError(f'data: {skipped + 1} rows in a row without a readable picture of {self.size // 2} px and a caption')
+        raise Unreadable
 
     def _pixels(self, record):
         try:
@@ -816,14 +840,33 @@ class Pictures(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def batches(self, batch, rank, world, its, workers):
-        """A DataLoader of this rank's share of the batches of iterations `its`; decoding runs in worker processes."""
-        mine = range(rank * batch // world, (rank + 1) * batch // world)
+        """Yields this rank's share of the batches of iterations `its`. Decoding runs in worker processes; where one dies (out
+        of memory, a damaged disk, a job queue's SIGTERM), new ones go on with the same batch, three times at most."""
+        mine, its, done, deaths = range(rank * batch // world, (rank + 1) * batch // world), [*its], 0, 0
         # fork, since a spawned worker would run the training script again from its first line; on a Mac, where forking
         # is not safe, the pictures are decoded in the main process
         workers = 0 if sys.platform == 'darwin' else workers
-        return torch.utils.data.DataLoader(
-            self, batch_size=len(mine), sampler=[it * batch + i for it in its for i in mine],
-            num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=torch.cuda.is_available())
+        while done < len(its):
+            try:
+                loader = iter(torch.utils.data.DataLoader(
+                    self, batch_size=len(mine), sampler=[it * batch + i for it in its[done:] for i in mine],
+                    num_workers=workers, multiprocessing_context='fork' if workers else None,
+                    pin_memory=torch.cuda.is_available()))
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # torch's raises wherever the run is, not in next() only
+                for rows in loader:
+                    yield rows
+                    done, deaths = done + 1, 0
+            except Unreadable:
+                die(f'{self.source}: {min(len(self.rows), 1000)} pictures in a row, from iteration {its[done]} on, cannot be '
+                    f'read, are smaller than {self.size // 2} px or have no caption; put the files back and run again', alone=True)
+            except (RuntimeError, OSError, EOFError) as error:       # an OSError: it died before its batch was handed over
+                if not workers or isinstance(error, RuntimeError) and 'DataLoader worker' not in str(error):
+                    raise
+                deaths += 1
+                if deaths > 3:
+                    die(f'{self.source}: its worker processes died {deaths} times at iteration {its[done]} '
+                        f'({" ".join(str(error).split())[:200]}); use fewer --workers, or 0 for no such process', alone=True)
+                print(f'rank {rank}: a data worker died at iteration {its[done]}, others take over', flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -876,6 +919,11 @@ def training_flags(p, model_help):
     p.add_argument('--save_dtype', choices=['float16', 'bfloat16', 'float32'], default='float16', help="of student/'s weights")
     p.add_argument('--sample_every', type=int, help='iterations between sample grids; 0: none')
     p.add_argument('--log_every', type=int, help='iterations between log lines')
+    # machines
+    p.add_argument('--shard', action=yes_no, default=True, help='each rank keeps its share of the optimiser states, not all')
+    p.add_argument('--timeout', type=float, default=30., help='minutes without an iteration after which a hung run ends')
+    p.add_argument('--disk_full', choices=['stop', 'skip'], default='stop',
+                   help='where a save finds no room: stop, or train on to the next save')
     p.add_argument('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 
 
@@ -888,7 +936,8 @@ class Run:
         self.cuda, self.master = torch.cuda.is_available(), self.rank == 0
         self.device = torch.device('cuda', local) if self.cuda else torch.device('cpu')
         at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, sample_every=0, warmup=0,
-                 cooldown=0, workers=0, seed=0, gan_crop=0, couple=0, lora_alpha=0, **{} if args.lora is None else dict(lora=1))
+                 cooldown=0, workers=0, seed=0, gan_crop=0, couple=0, lora_alpha=0, timeout=.05,
+                 **{} if args.lora is None else dict(lora=1))
         if args.couple > 1:
             die(f'--couple {args.couple} must be at most 1')
         at_least(args, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
@@ -908,11 +957,17 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
+        sys.excepthook = self.unforeseen
         if self.world > 1:
-            dist.init_process_group('nccl' if self.cuda else 'gloo', timeout=timedelta(hours=1))   # rank 0 saves meanwhile
+            patience = timedelta(minutes=args.timeout + 5)             # more than watch() has, which can say who is missing
+            self.store = next(dist.rendezvous('env://', timeout=patience))[0]
+            dist.init_process_group('nccl' if self.cuda else 'gloo', store=self.store, rank=self.rank, world_size=self.world,
+                                    timeout=patience)
         torch.manual_seed(args.seed)                     # the heads' initial weights; all else has streams of its own
         self.mine = range(self.rank * args.batch // self.world, (self.rank + 1) * args.batch // self.world)
         self.meter, self.in_a_row, self.dropped, self.skipped = {}, 0, 0, 0
+        self.it, self.moved, self.told = None, None, False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, 'told', True))
 
     def print(self, *text):
         if self.master:
@@ -926,11 +981,81 @@ class Run:
             for file, until in (self.log, start), (self.out / 'eval.jsonl', start - 1):
                 old = [x for x in file.read_text().splitlines() if x.endswith('}')] if file.exists() else []
                 if old or file == self.log:
-                    file.write_text(''.join(x + '\n' for x in old if json.loads(x)['iteration'] <= until))
-            (self.out / 'args.json').write_text(json.dumps(vars(self.args), indent=1))
+                    with replacing(file) as tmp:
+                        tmp.write_text(''.join(x + '\n' for x in old if json.loads(x)['iteration'] <= until))
+            with replacing(self.out / 'args.json') as tmp:
+                tmp.write_text(json.dumps(vars(self.args), indent=1))
             if self.args.wandb:
                 import wandb
                 wandb.init(project=self.args.wandb, config=vars(self.args))
+
+    def any(self, flag):
+        """Whether flag is true on any rank, the same answer on all."""
+        if self.world == 1:
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag.item() > 0
+
+    def told_to_stop(self, it):
+        """At the start of iteration `it`: whether a rank has had SIGTERM. Ranks meet here, so watch() counts from here."""
+        stop, first = self.any(self.told), self.it is None
+        self.it, self.moved = it, time.time()
+        if first and self.world > 1:
+            threading.Thread(target=self.watch, daemon=True).start()
+        return stop
+
+    def watch(self):
+        """Ends a process whose iteration takes longer than --timeout, with a sentence on where each rank stands. A collective
+        that waits for a hung rank cannot do that: gloo's names no rank, nccl's ends the process from outside Python."""
+        limit = 60 * self.args.timeout
+        while (waited := time.time() - self.moved) < limit:
+            time.sleep(min(limit - waited, 1) + .01)
+        frame, where = sys._current_frames()[threading.main_thread().ident], 'outside'
+        while frame:
+            if Path(frame.f_code.co_filename).parent == Path(__file__).parent:
+                where = f'at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})'
+                break
+            frame = frame.f_back
+        key = f'stuck in {self.it}, rank '
+        self.store.set(key + str(self.rank), where)
+        time.sleep(min(limit, 5))                                                                    # for the others to do so
+        found = {}
+        for rank in range(self.world):
+            answers = self.store.check([key + str(rank)])
+            found.setdefault(self.store.get(key + str(rank)).decode() if answers else 'no answer', []).append(rank)
+        if self.rank == min(rank for what, ranks in found.items() if what != 'no answer' for rank in ranks):
+            print(f'error: iteration {self.it} has taken more than --timeout {self.args.timeout:g} minutes: '
+                  + ', '.join(f'{what}: rank {", ".join(map(str, ranks))}' for what, ranks in found.items())
+                  + f'; the last save in {self.out} is good, run again', file=sys.stderr, flush=True)
+        os._exit(2)                                          # the main thread sits in a collective and cannot be asked to
+
+    def unforeseen(self, kind, error, trace):
+        """sys.excepthook: another rank's end and a full disk are known ends too, and no tracebacks."""
+        when = f'in iteration {self.it}' if self.it is not None else 'before the first iteration'
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            die(f'--out {self.out}: no space left {when}; the last save is good, make room and run again', alone=True)
+        if not isinstance(error, dist.DistError) and 'gloo' not in str(error):
+            return sys.__excepthook__(kind, error, trace)
+        print(f'error: rank {self.rank} lost another rank {when}, whose own last words say why; the last save in {self.out} is '
+              'good, run again', file=sys.stderr, flush=True)
+        os._exit(2)                                              # at a normal exit the group would wait for who is gone
+
+    def check_alike(self, it, nets):
+        """Ends the run where ranks hold different weights: compares the sum of each network's bits, as integers."""
+        if self.world == 1:
+            return
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        mine = torch.stack([torch.stack([w.detach().view(whole[w.element_size()]).sum(dtype=torch.int64)
+                                         for w in net.parameters() if w.requires_grad]).sum() for net in nets.values()])
+        sums = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(sums, mine)
+        differ = torch.stack(sums).cpu() != sums[0].cpu()                                            # (world, networks)
+        if differ.any():
+            names = ', '.join(name for name, off in zip(nets, differ.any(0).tolist()) if off)
+            ranks = ', '.join(str(k) for k, off in enumerate(differ.any(1).tolist()) if off)
+            die(f'at iteration {it} the weights of {names} on rank {ranks} differ from those on rank 0, a bug or a faulty '
+                f'device; nothing was saved, the save before this one in {self.out} is good')
 
     def note(self, name, value):
         """Adds a tensor, which stays on the device, to the mean of `name` in the next log line."""
@@ -983,8 +1108,11 @@ class Run:
             die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save in {self.out} is good: lower '
                 'the learning rates or --gan_weight and run again')
 
-    def close(self):
-        if self.master:
+    def close(self, it):
+        self.moved = float('inf')                                                            # for watch(): nothing to expect
+        if it < self.args.iters:
+            self.print(f'told to stop (SIGTERM) after iteration {it}, saved in {self.out}: the same command goes on from there')
+        elif self.master:
             curves(self.log, self.out / 'curves.png')
             minutes = (time.time() - self.began) / 60
             print(f'done: {self.out / "student"} after {self.args.iters} iterations, {minutes:.1f} minutes, '
@@ -1026,16 +1154,17 @@ class Distillation:
         self.side = (args.gan_crop or base.size) // self.scale                               # of the decoded latents
         self.nets = {'student': self.student, 'fake': self.fake} | ({'heads': self.heads} if self.heads else {})
         self.rates = {'student': args.student_lr, 'fake': args.fake_lr, 'heads': args.heads_lr}
-        self.opts = {k: torch.optim.AdamW(trained(net).values(), lr=self.rates[k],
-                                          betas=(.9, .999), weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
+        adamw = torch.optim.AdamW if run.world == 1 or not args.shard else \
+            lambda w, **options: ZeroRedundancyOptimizer(w, torch.optim.AdamW, **options)
+        self.opts = {k: adamw([*trained(net).values()], lr=self.rates[k], betas=(.9, .999), weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
         self.d_loss, self.g_loss = gan_losses(args.gan)
         # DMD2's latent critic is the fake score itself, so its loss enters the fake score's update with a small weight
         self.critic_weight = 1. if args.gan == 'pixel' else 1e-2
 
     def distribute(self):
         """After the weights are loaded: the networks as DistributedDataParallel where there are ranks."""
-        self.wrapped = {k: DDP(net, device_ids=[self.base.device.index] if self.run.cuda else None, broadcast_buffers=False)
-                        if self.run.world > 1 else net for k, net in self.nets.items()}
+        self.wrapped = {k: DDP(net, device_ids=[self.base.device.index] if self.run.cuda else None, broadcast_buffers=False,
+                               gradient_as_bucket_view=True) if self.run.world > 1 else net for k, net in self.nets.items()}
 
     def sync(self, name, last):
         """Gradients of a network are averaged over ranks in its last backward of an iteration; wraps forward and backward."""
@@ -1158,11 +1287,34 @@ class Distillation:
     def real_view(self, pixels, it):
         return self.crop(pixels, it, self.scale) if self.args.gan == 'pixel' else self.base.latents(pixels)
 
-    def save(self, it, facts):
-        """The whole state and the student as a pipeline."""
-        save_state(self.run.out, it, self.nets, self.opts, vars(self.args))
-        save_student(self.run.out / 'student', self.base, self.student, self.steps, getattr(torch, self.args.save_dtype), dict(
-            base_model=self.args.model, recipe=self.args.recipe, iteration=it, t5=self.args.t5, **facts), self.lora)
+    def save(self, it, facts, last):
+        """The whole state and the student as a pipeline; every rank calls it. last: the run ends with this save."""
+        from safetensors import SafetensorError
+        self.run.check_alike(it, self.nets)
+        moments = {f'{name}.opt': whole_moments(opt) for name, opt in self.opts.items()}
+        out, dtype, trouble = self.run.out, getattr(torch, self.args.save_dtype), None
+        if self.run.master:
+            tensors = [v for net in self.nets.values() for v in trained(net).values()]
+            tensors += [v for part in moments.values() for v in part.values()]
+            parts = [part for part in self.base.pipe.components.values() if isinstance(part, nn.Module) and not self.lora]
+            need = sum(v.nbytes for v in tensors) + sum(w.numel() for part in parts for w in part.parameters()) * dtype.itemsize
+            try:
+                for unfinished in out.glob('state-*.*'):                                             # of a run that was killed
+                    shutil.rmtree(unfinished)
+                if need > shutil.disk_usage(out).free:
+                    raise OSError(errno.ENOSPC, 'No space left on device')
+                save_state(out, it, self.nets, moments, vars(self.args))
+                facts |= dict(base_model=self.args.model, recipe=self.args.recipe, iteration=it, t5=self.args.t5)
+                save_student(out / 'student', self.base, self.student, self.steps, dtype, facts, self.lora)
+            except (OSError, SafetensorError) as error:
+                free = shutil.disk_usage(out).free
+                trouble = (f'--out {out}: the save at iteration {it} failed ({" ".join(str(error).split())[:200]}): it needs '
+                           f'{need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, {max(0, need - free) / 1e9:.2f} GB missing; the '
+                           'save before it stays')
+        if self.run.any(trouble is not None):
+            if last or self.args.disk_full == 'stop':
+                die(f'{trouble or "rank 0 could not save"}; make room and run again')
+            self.run.print(f'{trouble}, going on to the next')
 
     @torch.no_grad()
     def pictures(self, prompts, noise):
@@ -1174,37 +1326,115 @@ class Distillation:
 # checkpoints
 
 
-def save_state(folder, it, nets, opts, args):
-    """Writes folder/state-<it>: each network's trained weights and each optimiser's moments as safetensors, and state.json. The
-    folder appears in one rename; the state before it is kept, older ones go."""
+def whole_moments(opt):
+    """{'<index of the weight>.<name>': tensor} of an optimiser. Where it is sharded every rank calls this, and rank 0 has the
+    result: tensor by tensor, since ZeroRedundancyOptimizer's own consolidation holds a rank's whole share twice on each GPU."""
+    local, index = getattr(opt, 'optim', opt), {w: i for i, w in enumerate(w for g in opt.param_groups for w in g['params'])}
+    own = {f'{index[w]}.{k}': v for w, state in local.state.items() for k, v in state.items()}
+    if local is opt:
+        return own
+    device, rank, shares, out = next(iter(index)).device, dist.get_rank(), [None] * dist.get_world_size(), {}
+    dist.all_gather_object(shares, {k: (v.shape, v.dtype) for k, v in own.items()})
+    for owner, share in enumerate(shares):
+        for k, (shape, dtype) in share.items():
+            value = own[k].to(device) if owner == rank else torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(value, owner)
+            if rank == 0:
+                out[k] = value.cpu()
+    return out
+
+
+def load_moments(opt, moments):
+    """Puts what whole_moments returned into an optimiser, of which a sharded one takes its own share."""
+    local, index = getattr(opt, 'optim', opt), {w: i for i, w in enumerate(w for g in opt.param_groups for w in g['params'])}
+    found = {}
+    for key, value in moments.items():
+        i, k = key.split('.')
+        found.setdefault(int(i), {})[k] = value
+    mine = [index[w] for g in local.param_groups for w in g['params']]
+    local.load_state_dict(dict(local.state_dict(), state={j: found[i] for j, i in enumerate(mine) if i in found}))
+
+
+def crc(file):
+    """CRC-32 of a file: it finds what disks and copies do to files at 1.4 GB/s, SHA-256 took five times as long."""
+    value = 0
+    with open(file, 'rb') as f:
+        while block := f.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def save_state(folder, it, nets, moments, args):
+    """Writes folder/state-<it>: each network's trained weights and each optimiser's moments ({'student.opt': whole_moments(opt)}) as
+    safetensors, and state.json with their sizes and checksums. The folder appears in one rename; the state before it is kept,
+    older ones go."""
     from safetensors.torch import save_file
     folder = Path(folder)
     with replacing(folder / f'state-{it:07d}') as tmp:
         tmp.mkdir(parents=True)
-        for name, net in nets.items():
-            save_file({k: w.detach().contiguous() for k, w in trained(net).items()}, tmp / f'{name}.safetensors')
-        for name, opt in opts.items():
-            state = opt.state_dict()['state']
-            save_file({f'{i}.{k}': v.contiguous() for i, s in state.items() for k, v in s.items()},
-                      tmp / f'{name}.opt.safetensors')
-        (tmp / 'state.json').write_text(json.dumps(dict(iteration=it, args=args), indent=1))
-    for old in sorted(folder.glob('state-' + '[0-9]' * 7))[:-2]:
+        for name, tensors in ({name: trained(net) for name, net in nets.items()} | moments).items():
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp / f'{name}.safetensors')
+        files = {f.name: [f.stat().st_size, crc(f)] for f in tmp.iterdir()}
+        (tmp / 'state.json').write_text(json.dumps(dict(iteration=it, args=args, files=files), indent=1))
+    for old in states_of(folder)[:-2]:
         shutil.rmtree(old)
 
 
-def load_state(folder, nets, opts, args, flag='--out', inherit=False):
-    """Loads the newest complete folder/state-* into nets and opts; returns its iteration, or 0 where there is none.
+def states_of(folder):
+    """The saved states in a run's folder, the newest last; what a kill left half-written (state-*.tmp) is none."""
+    return sorted(Path(folder).glob('state-' + '[0-9]' * 7))
 
-    Half-written states (state-*.tmp) are ignored. A damaged state or one of another model ends with a sentence. Settings
-    that differ from the saved ones are printed, the command line wins. inherit=True is for a run of another kind: it loads
-    what is there and returns the set of its files' names without .safetensors.
+
+def damage(state):
+    """What is wrong with a saved state's files, by the sizes and checksums in its state.json (which those of earlier versions
+    do not have); '' for nothing."""
+    try:
+        for name, (size, check) in json.loads((state / 'state.json').read_text()).get('files', {}).items():
+            if (state / name).stat().st_size != size or crc(state / name) != check:
+                return f'{name} is not what was written'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f'state.json or a file that it names cannot be read: {error}'
+    return ''
+
+
+def newest_sound(folder):
+    """(the newest undamaged state in a run's folder or None, [(newer damaged state, what is wrong)]). Rank 0 looks, for all:
+    reading everything once is enough, and ranks must not come to different answers."""
+    state, damaged = None, []
+    if os.environ.get('RANK', '0') == '0':
+        for state in reversed(states_of(folder)):
+            wrong = damage(state)
+            if not wrong:
+                break
+            damaged.append((state, wrong))
+            state = None
+    found = [state, damaged]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, 0)
+    return found
+
+
+def load_state(folder, nets, opts, args, flag='--out', inherit=False):
+    """Loads the newest sound folder/state-* into nets and opts; returns its iteration, or 0 where there is none.
+
+    A damaged state is set aside (.damaged, until the next save) with a line; where there is no other, or it is one of another
+    model, the run ends with a sentence. Settings that differ from the saved ones are printed, the command line wins.
+    inherit=True is for a run of another kind: it changes nothing in the folder, loads what is there and returns the set of its
+    files' names without .safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    states = sorted(Path(folder).glob('state-' + '[0-9]' * 7))
-    if not states:
+    state, damaged = newest_sound(folder)
+    master, told = os.environ.get('RANK', '0') == '0', '; '.join(f'{path} is damaged ({wrong})' for path, wrong in damaged)
+    if state is None:
+        if damaged:
+            die(f'{told}; there is no other: choose another {flag}, or delete it to start from the beginning')
         return set() if inherit else 0
-    state = states[-1]
+    if master and damaged:
+        print(f'{told}: going on from {state}', flush=True)
+        for path, _ in [] if inherit else damaged:
+            shutil.rmtree(f'{path}.damaged', ignore_errors=True)
+            os.replace(path, f'{path}.damaged')
     way_out = f'delete {state} to go on from the state before it, or choose another {flag}'
     there = {f.name.removesuffix('.safetensors') for f in state.glob('*.safetensors')}
     wanted = {*nets, *(f'{name}.opt' for name in opts)} & there if inherit else {*nets, *(f'{name}.opt' for name in opts)}
@@ -1215,18 +1445,14 @@ def load_state(folder, nets, opts, args, flag='--out', inherit=False):
         for name in wanted & {*nets}:
             load_trained(nets[name], load_file(state / f'{name}.safetensors'))
         for name in [k for k in opts if f'{k}.opt' in wanted]:
-            fresh, moments = opts[name].state_dict(), {}
-            for key, value in load_file(state / f'{name}.opt.safetensors').items():
-                i, k = key.split('.')
-                moments.setdefault(int(i), {})[k] = value
-            opts[name].load_state_dict(dict(fresh, state=moments))
+            load_moments(opts[name], load_file(state / f'{name}.opt.safetensors'))
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, ValueError):
-        die(f'{state} is truncated or not a state of this script; {way_out}')
+        die(f'{state} cannot be read on every rank, or is not a state of this script; {way_out}')
     except RuntimeError as error:
         die(f'{state} does not fit these networks ({str(error).splitlines()[0]}); {way_out}')
     if inherit:
         return wanted
-    if os.environ.get('RANK', '0') == '0':
+    if master:
         for key, value in saved['args'].items():
             if args.get(key, value) != value:
                 print(f'--{key} is {args[key]} now, was {value}')

@@ -82,7 +82,7 @@ d.distribute()
 # data, log
 
 pictures = m.Pictures(args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
-loader = iter(pictures.batches(args.batch, run.rank, run.world, range(start, args.iters), args.workers))
+loader = pictures.batches(args.batch, run.rank, run.world, range(start, args.iters), args.workers)
 prompts = m.read_prompts(args.prompts)[:8]
 grid_noise = m.draw(args.seed, 0, range(len(prompts)), (len(steps),) + base.latent_shape)[0].to(run.device)
 teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg) if run.master and args.sample_every else None
@@ -99,12 +99,13 @@ LINE = {'dm/': 'dm', 'fake': 'fake', 'gan/g': 'g', 'gan/d': 'd', 'grad/dm': '|dD
 
 for it in range(start, args.iters + 1):
     last = it == args.iters
+    stop = run.told_to_stop(it) or last
     if run.master and args.sample_every and (it % args.sample_every == 0 or last):
         m.picture_grid([teacher_row, d.pictures(prompts, grid_noise)], prompts, run.out / f'samples-{it:07d}.png',
                        ['teacher\n50 steps', f'student\n{len(steps)} steps'])
-    if run.master and (it % args.save_every == 0 and it > start or last):
-        d.save(it, dict(prompts=prompts))
-    if last:
+    if it > start and (it % args.save_every == 0 or stop) or last:
+        d.save(it, dict(prompts=prompts), stop)
+    if stop:
         break
 
     d.learning_rates(it)
@@ -130,4 +131,4 @@ for it in range(start, args.iters + 1):
     if (it + 1) % args.log_every == 0:
         run.report(it + 1, LINE)
 
-run.close()
+run.close(it)

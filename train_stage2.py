@@ -93,10 +93,10 @@ if (first.recipe or facts['recipe']) not in RECIPES:
     m.die(f"--init {folder}: its recipe is {facts['recipe']!r}; give --recipe {' or '.join(RECIPES)}")
 recipe = first.recipe or facts['recipe']
 own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
-       'log_every', 'wandb', 't5', 'lora', 'lora_alpha', 'lora_targets'}                    # not handed on
-lora = facts.get('lora') or dict(rank=None, alpha=0., targets='attention')
+       'log_every', 'wandb', 'shard', 'timeout', 'disk_full', 't5', 'lora', 'lora_alpha', 'lora_targets'}             # not handed on
+lora = facts.get('lora') or dict(rank=None, alpha=0., targets=['attention'])
 p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'],
-                                        lora_alpha=lora['alpha'], lora_targets=','.join(lora['targets']) if facts.get('lora') else 'attention'))
+                                        lora_alpha=lora['alpha'], lora_targets=','.join(lora['targets'])))
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
 # read as flags, so that they are checked as those are
 flags = [f'--{k}={v}' if not isinstance(v, bool) else f'--{k}' if v else f'--no-{k}' for k, v in handed.items() if v is not None]
@@ -166,7 +166,7 @@ def distils(it):
 # data, log
 
 pictures = m.Pictures(args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
-loader = iter(pictures.batches(args.batch, run.rank, run.world, filter(distils, range(start, args.iters)), args.workers))
+loader = pictures.batches(args.batch, run.rank, run.world, filter(distils, range(start, args.iters)), args.workers)
 rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
 
 
@@ -236,6 +236,7 @@ def evaluate(it):
 
 for it in range(start, args.iters + 1):
     last = it == args.iters
+    stop = run.told_to_stop(it) or last
     if run.master and args.sample_every and (it % args.sample_every == 0 or last):
         row_of = lambda net: base.decode(m.backward_simulation(base, net, steps, grid_noise, base.encode(prompts)))
         with torch.no_grad():
@@ -243,9 +244,9 @@ for it in range(start, args.iters + 1):
                            ['stage 1', 'stage 2'])
     if args.eval_every and (it % args.eval_every == 0 or last):
         evaluate(it)
-    if run.master and (it % args.save_every == 0 and it > start or last):
-        d.save(it, dict(prompts=prompts))
-    if last:
+    if it > start and (it % args.save_every == 0 or stop) or last:
+        d.save(it, dict(prompts=prompts), stop)
+    if stop:
         break
 
     if distils(it):                                                    # one iteration of stage 1, described there
@@ -297,4 +298,4 @@ for it in range(start, args.iters + 1):
     if (it + 1) % args.log_every == 0:
         run.report(it + 1, LINE)
 
-run.close()
+run.close(it)

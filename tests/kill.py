@@ -1,0 +1,98 @@
+"""
+Kills training runs at random moments, also while they save, starts the same command again each time, and compares the final
+weights and optimiser moments with those of a run that nobody touched. On the toy, CPU.
+
+    python tests/kill.py                      # 20 kills of each stage
+    python tests/kill.py --ranks 2 --stages 1 --kills 5
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+p.add_argument('--stages', type=int, nargs='+', default=[1, 2], help='which stages')
+p.add_argument('--kills', type=int, default=20, help='kills of each stage')
+p.add_argument('--term', action='store_true', help='every second kill is a SIGTERM: save and leave')
+p.add_argument('--iters', type=int, default=30, help='iterations of a run')
+p.add_argument('--save_every', type=int, default=1, help='iterations between saves; 1: a large part of the time is saving')
+p.add_argument('--ranks', type=int, default=1, help='under torchrun; 1: a plain process')
+p.add_argument('--seed', type=int, default=0, help='of the moments')
+p.add_argument('--out', default='out/kill', help='folder for the runs')
+args = p.parse_args()
+ENV = os.environ | dict(CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', OMP_NUM_THREADS='1')
+
+
+def begin(stage, out):
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.ranks}'] if args.ranks > 1 else []
+    flags = dict(recipe='toy', iters=args.iters, save_every=args.save_every, batch=2, micro=1, warmup=0, cooldown=0, sample_every=0,
+                 log_every=1, workers=1, out=out)
+    flags |= dict(init='assets/toy/student', eval_every=0, critic_warmup=2, rl_ratio=2) if stage == 2 else {}
+    command = [sys.executable, *launch, f'train_stage{stage}.py', *(str(x) for k, v in flags.items() for x in (f'--{k}', v))]
+    return subprocess.Popen(command, cwd=ROOT, env=ENV, text=True, stdout=open(f'{out}.txt', 'a'), stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+def saved(out):
+    return max((int(f.name[6:]) for f in out.glob('state-' + '[0-9]' * 7)), default=0)
+
+
+def state(out):
+    return {f'{f.name}:{k}': v for f in (out / f'state-{args.iters:07d}').glob('*.safetensors') for k, v in load_file(f).items()}
+
+
+moments, failed = random.Random(args.seed), False
+for stage in args.stages:
+    calm, out = (Path(args.out).resolve() / f'stage{stage}-{name}' for name in ('calm', 'killed'))
+    for folder in (calm, out):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(f'{folder}.txt').unlink(missing_ok=True)
+    if begin(stage, calm).wait():
+        sys.exit(f'error: the run without kills failed, see {calm}.txt')
+    print('| kill | by | saved before | log line before | left half-written | next start |\n|---|---|---|---|---|---|', flush=True)
+    kills = 0
+    while kills < args.kills:
+        process, before = begin(stage, out), saved(out)
+        # a third of the kills anywhere from the first import on, a third in the loop, a third in the middle of a save
+        kind, until, target = moments.randrange(3), time.time() + 600, min(args.iters - 1, before + moments.randrange(1, 3))
+        if kind == 0:
+            time.sleep(moments.uniform(0, 12))
+        while kind and process.poll() is None and time.time() < until:
+            if kind == 1 and saved(out) >= target or kind == 2 and saved(out) >= target - 1 and list(out.glob('*.tmp')):
+                break
+            time.sleep(.005)
+        time.sleep(moments.uniform(0, 1 if kind == 1 else .2))
+        how = signal.SIGTERM if args.term and kills % 2 == 0 else signal.SIGKILL
+        if process.poll() is not None:                       # it was done before the kill came
+            if process.returncode:
+                sys.exit(f'error: a run failed, see {out}.txt')
+            print('|  | none: it had finished; from the beginning again | | | | |', flush=True)
+            shutil.rmtree(out)
+            continue
+        os.killpg(process.pid, how)                          # the session that begin() started: it and its children
+        code = process.wait()
+        kills += 1
+        lines = [x for x in Path(f'{out}.txt').read_text().splitlines() if '/' in x[:12] and 's/it' in x]
+        half = ' '.join(f.name for f in out.glob('*.tmp*')) if out.exists() else ''
+        print(f'| {kills} | {how.name}{f", left with {code}" if how == signal.SIGTERM else ""} | {saved(out)} | '
+              f'{lines[-1].split()[0] if lines else ""} | {half} | iteration {saved(out)} |', flush=True)
+    code = begin(stage, out).wait()
+    if code:
+        sys.exit(f'error: the run after the last kill failed with {code}, see {out}.txt')
+    a, b = state(calm), state(out)
+    off = [k for k in a if k not in b or not torch.equal(a[k], b[k])]
+    failed |= a.keys() != b.keys() or bool(off)
+    print(f'stage {stage}: {kills} kills, {len(a)} tensors of weights and moments after {args.iters} iterations: '
+          + (f'{len(off)} DIFFER, e.g. {off[:3]}' if off or a.keys() != b.keys() else 'all equal bit for bit'), flush=True)
+sys.exit(failed)
