@@ -856,6 +856,8 @@ class Pictures(torch.utils.data.Dataset):
                 for rows in loader:
                     yield rows
                     done, deaths = done + 1, 0
+            except GeneratorExit:                                     # at the interpreter's end the names below are gone
+                raise
             except Unreadable:
                 die(f'{self.source}: {min(len(self.rows), 1000)} pictures in a row, from iteration {its[done]} on, cannot be '
                     f'read, are smaller than {self.size // 2} px or have no caption; put the files back and run again', alone=True)
