@@ -959,12 +959,12 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
-        sys.excepthook = self.unforeseen
         if self.world > 1:
             patience = timedelta(minutes=args.timeout + 5)             # more than watch() has, which can say who is missing
             self.store = next(dist.rendezvous('env://', timeout=patience))[0]
             dist.init_process_group('nccl' if self.cuda else 'gloo', store=self.store, rank=self.rank, world_size=self.world,
                                     timeout=patience)
+        sys.excepthook = self.unforeseen                 # torch.distributed sets one too, that would swallow this one's words
         torch.manual_seed(args.seed)                     # the heads' initial weights; all else has streams of its own
         self.mine = range(self.rank * args.batch // self.world, (self.rank + 1) * args.batch // self.world)
         self.meter, self.in_a_row, self.dropped, self.skipped = {}, 0, 0, 0
