@@ -54,6 +54,9 @@ RECIPES = {
 RECIPES['sd3'] = RECIPES['sdxl'] | dict(reward='pickscore', lrm='', cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
 RECIPES['toy-sd3'] = RECIPES['toy'] | dict(reward='pickscore', lrm='', student_lr=2e-4, fake_lr=1e-3, rl_lr=1e-4)
 
+# of adapters: the toy's are ten times those of all weights, SDXL's untried
+LORA_RATES = {'sdxl': dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5), 'toy': dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4)}
+
 p = m.parser(__doc__)
 p.add_argument('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's own")
 p.add_argument('--init', default='', help='run of stage 1, or a student pipeline; empty: out/stage1, else the shipped student')
@@ -97,6 +100,7 @@ own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'coo
 lora = facts.get('lora') or dict(rank=None, alpha=0., targets=['attention'])
 p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'],
                                         lora_alpha=lora['alpha'], lora_targets=','.join(lora['targets'])))
+p.set_defaults(**LORA_RATES.get(recipe, {}) if lora['rank'] else {})
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
 # read as flags, so that they are checked as those are
 flags = [f'--{k}={v}' if not isinstance(v, bool) else f'--{k}' if v else f'--no-{k}' for k, v in handed.items() if v is not None]

@@ -13,7 +13,7 @@ checkpoint in --work. Components:
     sam      segment_anything's own classes, point prompt -> object mask
     clip     transformers CLIPModel, contrastive with hard negatives; the judge of evaluate.py
     teacher  StableDiffusionXLPipeline: two text encoders and an SDXL UNet, trained together on eps
-    student  what `python train_stage1.py --recipe toy` makes of the teacher
+    student  what `python train_stage1.py --recipe toy --lora 32` makes of the teacher; adapters, since all weights are 9 MB
     pickscore  the CLIP, trained on preference pairs: PickScore's format
     lrm      latent reward model in LPO's layout, trained on the same kind of pairs at every noise level
     sd3      StableDiffusion3Pipeline without T5: a small MMDiT trained on the flow, on sdxl's VAE and frozen text encoders
@@ -813,7 +813,7 @@ def make_lrm():
 
 def make_student():
     here = lambda name: os.path.relpath(OUT / name, ROOT)                # relative, since student.json keeps the teacher's
-    subprocess.run([sys.executable, 'train_stage1.py', '--recipe', 'toy', '--model', here('sdxl'), '--sam', here('sam.pth'),
+    subprocess.run([sys.executable, 'train_stage1.py', '--recipe', 'toy', '--lora', '32', '--model', here('sdxl'), '--sam', here('sam.pth'),
                     '--data', here('data'), '--prompts', here('data/prompts.txt'), '--out', WORK / 'student'], check=True, cwd=ROOT)
     finish(lambda folder: shutil.copytree(WORK / 'student/student', folder), 'student')
 
