@@ -1542,7 +1542,7 @@ def load_student(folder, facts, dtype, flag='--ckpt'):
 
 
 def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
-    """The pipeline folder of a student and its facts (student.json): `ckpt` is a run's folder or the pipeline folder;
+    """The folder of a student and its facts (student.json): `ckpt` is a run's folder or the pipeline folder;
     empty means the newest of `runs`, else the shipped one."""
     shipped = Path(os.path.relpath(Path(__file__).parent / 'assets/toy/student'))
     if ckpt:
@@ -1560,8 +1560,13 @@ def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
                 lists = [('steps', (int, float)), ('prompts', str)]
                 if all(isinstance(facts[k], kind) for k, kind in kinds.items()) and all(
                         facts[k] and all(isinstance(x, kind) for x in facts[k]) for k, kind in lists):
+                    if facts.get('lora') is not None:
+                        assert facts['lora']['rank'] > 0 and facts['lora']['alpha'] > 0 and list(facts['lora']['targets'])
+                    home = Path(__file__).parent / facts['base_model']
+                    if home.exists() and not Path(facts['base_model']).exists():            # started from another folder
+                        facts['base_model'] = os.path.relpath(home)
                     return place, facts
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, AssertionError):
                 pass
             die(f'{flag} {place} is damaged: its student.json cannot be read, or lacks what train_stage1.py writes there')
     die(f'{flag} {ckpt or shipped} holds no student (no student.json); give the folder of a training run')

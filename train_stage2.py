@@ -52,7 +52,8 @@ RECIPES = {
 }
 # SD3 has no public latent reward model
 RECIPES['sd3'] = RECIPES['sdxl'] | dict(reward='pickscore', lrm='', cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
-RECIPES['toy-sd3'] = RECIPES['toy'] | dict(reward='pickscore', lrm='', student_lr=2e-4, fake_lr=1e-3, rl_lr=1e-4)
+RECIPES['toy-sd3'] = RECIPES['toy'] | dict(reward='pickscore', lrm='', iters=180, save_every=90, sample_every=90, eval_every=90,
+                                           student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4)
 
 # of adapters: the toy's are ten times those of all weights, SDXL's untried
 LORA_RATES = {'sdxl': dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5), 'toy': dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4)}

@@ -330,7 +330,7 @@ def test_one_iteration_at_sd3_sizes_on_meta(name):
 SHORT = ['--iters', 4, '--batch', 4, '--micro', 4, '--save_every', 2, '--sample_every', 0, '--log_every', 2]
 
 
-def run(out, recipe, *flags, ranks=0, script='train_stage1.py', iters=4):
+def run(out, recipe, *flags, ranks=0, script='train_stage1.py'):
     done = start(script, '--recipe', recipe, *SHORT, '--out', out, *flags, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -362,8 +362,9 @@ def test_the_sd3_recipe_trains_adapters(sd3):
 def test_two_ranks_and_resume_with_adapters(family, request, tmp_path):
     out, _ = request.getfixturevalue(family)
     flags = ['toy-sd3'] if family == 'sd3' else ['toy', '--lora', 8, '--student_lr', 1e-3]
-    run(tmp_path / 'two', *flags, '--micro', 1, ranks=2)
-    assert largest_difference(weights(out, 4), weights(tmp_path / 'two', 4), '.safetensors') < 2e-4
+    if family == 'sd3':                                                                    # stage 2 below has the other
+        run(tmp_path / 'two', *flags, '--micro', 1, ranks=2)
+        assert largest_difference(weights(out, 4), weights(tmp_path / 'two', 4), '.safetensors') < 2e-4
     shutil.copytree(out, tmp_path / 'again')
     shutil.rmtree(tmp_path / 'again/state-0000004')
     assert 'from iteration 2' in run(tmp_path / 'again', *flags)
@@ -395,8 +396,9 @@ def test_stage_2_on_adapters(family, request, tmp_path):
     assert all(f'{name}: weights and optimiser' in said for name in ('student', 'fake', 'heads'))
     rows = [json.loads(x) for x in (tmp_path / 'a/log.jsonl').read_text().splitlines()]
     assert 'fake' in rows[0] and 'rl/gap' in rows[1] and rows[1]['rl/gap'] > 0
-    run(tmp_path / 'b', '', *flags, '--micro', 2, script='train_stage2.py', ranks=2)
-    assert largest_difference(weights(tmp_path / 'a', 3), weights(tmp_path / 'b', 3), '.safetensors') < 1e-3
+    if family == 'lora':
+        run(tmp_path / 'b', '', *flags, '--micro', 2, script='train_stage2.py', ranks=2)
+        assert largest_difference(weights(tmp_path / 'a', 3), weights(tmp_path / 'b', 3), '.safetensors') < 1e-3
     shutil.copytree(out / 'student', tmp_path / 'alone')
     said = run(tmp_path / 'c', '', '--init', tmp_path / 'alone', *flags[2:], '--no-joint', '--gan', 'none', script='train_stage2.py')
     rows = [json.loads(x) for x in (tmp_path / 'c/log.jsonl').read_text().splitlines()]
@@ -425,6 +427,8 @@ def broken(folder, sd3):
     shutil.copytree(sd3 / 'student', folder / 'other')
     facts = json.loads((folder / 'other/student.json').read_text())
     (folder / 'other/student.json').write_text(json.dumps(facts | dict(base_model='assets/toy/sdxl')))
+    shutil.copytree(sd3 / 'student', folder / 'odd')
+    (folder / 'odd/student.json').write_text(json.dumps(facts | dict(lora=dict(rank='four'))))
     shutil.copytree(sd3 / 'student', folder / 'wide')
     file = folder / 'wide/pytorch_lora_weights.safetensors'
     save_file({k: torch.cat([v, v], 1) if 'lora_A' in k else v for k, v in load_file(file).items()}, file)
@@ -451,6 +455,7 @@ BAD = [
     ('train_stage2.py', ['--init', 'TMP/run', '--pickscore', 'TMP/nowhere'], '--reward pickscore'),
     ('sample.py', ['--ckpt', 'TMP/short'], 'pytorch_lora_weights'),
     ('sample.py', ['--ckpt', 'TMP/other'], 'another base model'),
+    ('sample.py', ['--ckpt', 'TMP/odd'], 'student.json'),
     ('sample.py', ['--ckpt', 'TMP/run', '--merge', 'TMP/short'], '--merge'),
 ]
 

@@ -324,13 +324,14 @@ def test_vae_keeps_held_out_pictures(toy):
 
 def test_make_toy_runs_end_to_end_at_a_few_iterations(tmp_path):
     """The builder itself, every trained component for two iterations on a few pictures, and that a second call skips."""
-    command = ['tests/make_toy.py', '--only', 'data', 'vae', 'sam', 'clip', 'teacher', 'pickscore', 'lrm', '--iters', 2,
+    command = ['tests/make_toy.py', '--only', 'data', 'vae', 'sam', 'clip', 'teacher', 'pickscore', 'lrm', 'sd3', '--iters', 2,
                '--pictures', 300, '--pairs', 60,
                '--out', tmp_path / 'toy', '--work', tmp_path / 'work']
     done = start(*command)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {p.name for p in (tmp_path / 'toy').iterdir()} == {'data', 'sam.pth', 'clip', 'sdxl', 'pickscore', 'lrm'}
+    assert {p.name for p in (tmp_path / 'toy').iterdir()} == {'data', 'sam.pth', 'clip', 'sdxl', 'pickscore', 'lrm', 'sd3'}
     base = m.Base(tmp_path / 'toy/sdxl')
     m.load_sam_encoder(str(tmp_path / 'toy/sam.pth')), m.load_latent_reward(tmp_path / 'toy/lrm', base)
+    assert m.Base(tmp_path / 'toy/sd3').schedule.kind == 'flow'
     again = start(*command)
-    assert again.returncode == 0 and again.stdout.count('done already') == 7
+    assert again.returncode == 0 and again.stdout.count('done already') == 8

@@ -176,13 +176,13 @@ def test_sample_finds_the_newest_run(plain, tmp_path):
     assert (tmp_path / 'samples.png').exists()
 
 
-def test_sample_is_plain_diffusers(tmp_path):
+def test_sample_is_plain_diffusers(plain, tmp_path):
     """sample.py's grid holds the pictures that diffusers alone makes from the saved folder with the same generators."""
     from diffusers import DiffusionPipeline
     import model as m
-    done = start('sample.py', '--ckpt', 'assets/toy/student', '--prompt', 'a red star on white', '--n', 2, '--out', tmp_path / 's.png')
+    done = start('sample.py', '--ckpt', plain, '--prompt', 'a red star on white', '--n', 2, '--out', tmp_path / 's.png')
     assert done.returncode == 0, done.stderr[-2000:]
-    pipe = DiffusionPipeline.from_pretrained(ROOT / 'assets/toy/student', dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(plain / 'student', dtype=torch.float32)
     images = pipe(['a red star on white'] * 2, num_inference_steps=4, guidance_scale=0., output_type='pt',
                   generator=[m.generator(0, i) for i in range(2)]).images
     m.picture_grid([images * 2 - 1], ['a red star on white'] * 2, tmp_path / 'ours.png')
