@@ -1496,8 +1496,8 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             parts = {k: on_cpu(v, dtype) if isinstance(v, nn.Module) else v for k, v in live.items()}
             settings = {k: v for k, v in base.pipe.config.items() if k == 'force_zeros_for_empty_prompt'}
             type(base.pipe)(**parts, **settings).save_pretrained(tmp)
-        adapters = dict(rank=lora.r, alpha=lora.lora_alpha, targets=sorted(lora.target_modules)) if lora else None
-        (tmp / 'student.json').write_text(json.dumps(dict(facts, lora=adapters, steps=steps.long().tolist()), indent=1))
+        adapters = dict(lora=dict(rank=lora.r, alpha=lora.lora_alpha, targets=sorted(lora.target_modules))) if lora else {}
+        (tmp / 'student.json').write_text(json.dumps(facts | adapters | dict(steps=steps.long().tolist()), indent=1))
 
 
 def lora_file(folder, net, flag):
