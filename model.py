@@ -961,7 +961,9 @@ class Run:
             torch.set_float32_matmul_precision('high')
         if self.world > 1:
             patience = timedelta(minutes=args.timeout + 5)             # more than watch() has, which can say who is missing
-            self.store = next(dist.rendezvous('env://', timeout=patience))[0]
+            # torchrun's --max-restarts may keep the store, with the addresses of those who have died in it
+            self.store = dist.PrefixStore(f'life {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}',
+                                          next(dist.rendezvous('env://', timeout=patience))[0])
             dist.init_process_group('nccl' if self.cuda else 'gloo', store=self.store, rank=self.rank, world_size=self.world,
                                     timeout=patience)
         sys.excepthook = self.unforeseen                 # torch.distributed sets one too, that would swallow this one's words

@@ -33,14 +33,14 @@ def weights(out, it=4):
 
 def differences(a, b):
     """Distance of two states relative to their size: of the weights, of the moments."""
-    assert a.keys() == b.keys() and len(a) > 1000
+    assert a.keys() == b.keys() and len(a) > 100
     parts = [torch.cat([(x[k] - y.get(k, 0)).flatten() for k in a if ('.opt.' in k) == moments and not k.endswith('.step')])
              for moments in (False, True) for x, y in ((a, b), (a, {}))]
     return [(parts[i].norm() / parts[i + 1].norm()).item() for i in (0, 2)]
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and len(a) > 1000 and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and len(a) > 100 and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def rows(out):
@@ -198,9 +198,9 @@ def test_sigterm_saves_and_four_ranks_go_on(one, tmp_path):
 
 def test_killed_at_random_moments(tmp_path):
     """SIGTERM and SIGKILL in turn, then the same command again: tests/kill.py, shortened."""
-    done = start('tests/kill.py', '--stages', 1, '--kills', 3, '--iters', 6, '--save_every', 1, '--term', '--out', tmp_path)
+    done = start('tests/kill.py', '--stages', 1, '--kills', 2, '--iters', 5, '--save_every', 1, '--term', '--out', tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert 'stage 1: 3 kills' in done.stdout and 'equal bit for bit' in done.stdout
+    assert 'stage 1: 2 kills' in done.stdout and 'equal bit for bit' in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------------- the saves
@@ -337,7 +337,8 @@ for it in range(100):
     in_model(it)
 ''')
     run = torchrun(tmp_path / 'hooked.py', '--timeout', .1, '--out', tmp_path, *(x for k in (
-        'batch=2 micro=1 iters=9 save_every=1 log_every=1 sample_every=0 warmup=0 cooldown=0').split() for x in ('--' + k).split('=')))
+        'batch=2 micro=1 iters=9 save_every=1 log_every=1 sample_every=0 warmup=0 cooldown=0 student_lr=0 fake_lr=0 heads_lr=0 '
+        'gan_weight=0 cfg=1').split() for x in ('--' + k).split('=')))
     said = run.communicate(timeout=200)[0]
     errors = [line for line in said.splitlines() if line.startswith('error: ')]
     assert run.returncode and len(errors) == 1 and 'model.py", line' not in said, said[-3000:]
