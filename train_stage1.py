@@ -11,8 +11,8 @@ Flash-DMD, stage 1: a many-step teacher becomes a few-step student. Per iteratio
     python train_stage1.py --recipe sd3                     # SD3-Medium, LoRA
     python train_stage1.py --gan latent --no-split --ttur 5 --couple 1 --out out/dmd2      # DMD2, for comparison
 
-Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers pipeline), log.jsonl,
-samples-*.png, curves.png.
+Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers pipeline, or
+adapters), log.jsonl, samples-*.png, curves.png.
 """
 
 import torch
@@ -72,7 +72,8 @@ args = p.parse_args()
 # ranks and device, teacher, student, fake score, discriminator
 
 run = m.Run(args)
-base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5, offload=args.offload)
+base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5,
+              offload=args.offload)
 d = m.Distillation(base, run)
 steps, student, fake = d.steps, d.student, d.fake
 start = m.load_state(run.out, d.nets, d.opts, vars(args))

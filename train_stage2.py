@@ -38,7 +38,8 @@ RECIPES = {
         text_column='json.prompt', prompts='assets/prompts.txt', lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2,
         batch=64, micro=1, iters=2000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6,
         beta=500., warmup=50, cooldown=0, checkpointing=True, critic_warmup=100, save_every=250, sample_every=250,
-        reward='latent', eval_every=250, log_every=6, judge=R.CLIP_L, pickscore='yuvalkirstain/PickScore_v1', real='', real_files=''),
+        reward='latent', eval_every=250, log_every=6, judge=R.CLIP_L, pickscore='yuvalkirstain/PickScore_v1', real='',
+        real_files=''),
     # tried on seed 0, before any other: rl_lr 2e-5 with student lr 5e-5, fake lr 2e-4 raised the reward by .58 in 330 updates,
     # and CMMD from .088 to .127 (128 prompts, an unfinished reward model); rl_lr 1e-5 with these and gan_weight .3 was no
     # better than what stands here (CMMD .089 against .084 after 200). Table of the final settings: README
@@ -51,7 +52,8 @@ RECIPES = {
         judge='assets/toy/clip', pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet'),
 }
 # SD3 has no public latent reward model
-RECIPES['sd3'] = RECIPES['sdxl'] | dict(reward='pickscore', lrm='', cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
+RECIPES['sd3'] = RECIPES['sdxl'] | dict(reward='pickscore', lrm='', cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5,
+                                        rl_lr=1e-5)
 RECIPES['toy-sd3'] = RECIPES['toy'] | dict(reward='pickscore', lrm='', iters=180, save_every=90, sample_every=90, eval_every=90,
                                            student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4)
 
@@ -64,8 +66,8 @@ p.add_argument('--init', default='', help='run of stage 1, or a student pipeline
 p.add_argument('--out', default='out/stage2', help='folder of the run; holds its state, so the same command resumes')
 m.training_flags(p, model_help="teacher; the student's own unless given")
 # preference
-p.add_argument('--reward', choices=['latent', *R.SCORES], help='latent: --lrm; else a reward of pictures, its weights as evaluate.py '
-               'has them, or --pickscore')
+p.add_argument('--reward', choices=['latent', *R.SCORES],
+               help='latent: --lrm; else a reward of pictures, its weights as evaluate.py has them, or --pickscore')
 p.add_argument('--lrm', help="latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder")
 p.add_argument('--joint', action=argparse.BooleanOptionalAction, default=True,
                help='distil as well; no: preference updates only')
@@ -97,11 +99,11 @@ if (first.recipe or facts['recipe']) not in RECIPES:
     m.die(f"--init {folder}: its recipe is {facts['recipe']!r}; give --recipe {' or '.join(RECIPES)}")
 recipe = first.recipe or facts['recipe']
 own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
-       'log_every', 'wandb', 'shard', 'timeout', 'disk_full', 't5', 'lora', 'lora_alpha', 'lora_targets'}             # not handed on
+       'log_every', 'wandb', 'shard', 'timeout', 'disk_full', 't5', 'lora', 'lora_alpha', 'lora_targets'}        # not handed on
 lora = facts.get('lora') or dict(rank=None, alpha=0., targets=['attention'])
-p.set_defaults(**RECIPES[recipe] | dict(model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'],
-                                        lora_alpha=lora['alpha'], lora_targets=','.join(lora['targets'])))
-p.set_defaults(**LORA_RATES.get(recipe, {}) if lora['rank'] else {})
+p.set_defaults(**RECIPES[recipe] | (LORA_RATES.get(recipe, {}) if lora['rank'] else {}) | dict(
+    model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'], lora_alpha=lora['alpha'],
+    lora_targets=','.join(lora['targets'])))
 handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
 # read as flags, so that they are checked as those are
 flags = [f'--{k}={v}' if not isinstance(v, bool) else f'--{k}' if v else f'--no-{k}' for k, v in handed.items() if v is not None]
@@ -118,7 +120,8 @@ if args.lora != lora['rank']:
 # ranks and device, stage 1's networks as it left them, the latent reward, the reference
 
 run = m.Run(args)
-base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5, offload=args.offload)
+base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5,
+              offload=args.offload)
 d = m.Distillation(base, run)
 steps, student, fake = d.steps, d.student, d.fake
 run.print(f'from {folder}, iteration {facts["iteration"]} on {args.model}:')
@@ -186,8 +189,8 @@ watched = m.read_prompts(args.prompts)
 prompts, watched = watched[:8], watched[:args.eval_n]
 grid_noise = m.draw(args.seed, 0, range(len(prompts)), (len(steps),) + base.latent_shape)[0].to(run.device)
 run.open_log(start)
-run.print(f'recipe {args.recipe}: {args.model} -> {run.out}, {run.world} x {run.device.type}, reward {args.lrm or args.reward}, preference '
-          f'updates at {[int(steps[k]) for k in rl_steps]}, from iteration {start}'
+run.print(f'recipe {args.recipe}: {args.model} -> {run.out}, {run.world} x {run.device.type}, reward {args.lrm or args.reward}, '
+          f'preference updates at {[int(steps[k]) for k in rl_steps]}, from iteration {start}'
           + f'; the first {alone} for fake score and discriminator alone' * (alone > start))
 LINE = {'dm/': 'dm', 'fake': 'fake', 'gan/g': 'g', 'gan/d': 'd', 'rl/loss': 'rl', 'reward/': 'reward', 'rl/gap': 'gap',
         'rl/ratio': 'ratio'}

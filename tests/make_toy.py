@@ -1,7 +1,7 @@
 """
 Builds assets/toy/: a miniature of every pretrained file that the scripts load, in the real formats, from one seed.
 
-    python tests/make_toy.py                      # everything, about 3 hours on 2 CPU cores, minutes on a GPU
+    python tests/make_toy.py                      # everything, about 4 hours on 2 CPU cores, minutes on a GPU
     python tests/make_toy.py --only vae teacher   # some components, in the order below
     python tests/make_toy.py --only clip --iters 50 --out out/toy      # a quick look at one
 
