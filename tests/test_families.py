@@ -460,7 +460,7 @@ BAD = [
 ]
 
 
-def test_bad_input_is_one_sentence(sd3, tmp_path):
+def test_what_adapters_and_families_refuse(sd3, tmp_path):
     shutil.copytree(sd3[0], tmp_path / 'run')
     broken(tmp_path, sd3[0])
     before = listing(tmp_path)
