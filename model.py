@@ -273,8 +273,9 @@ def load_pipeline(name, flag, dtype, t5=None):
         die(f'{flag} {name} does not exist')
     try:
         # a pipeline saved without its T5 has to be told so again
-        parts = diffusers.DiffusionPipeline.load_config(str(name))
-        without = {k: None for k in ('text_encoder_3', 'tokenizer_3') if k in parts and (t5 is False or not parts[k][0])}
+        index = Path(name) / 'model_index.json'
+        parts = json.loads(index.read_text()) if index.exists() else {}
+        without = {k: None for k in ('text_encoder_3', 'tokenizer_3') if t5 is False or parts.get(k) == [None, None]}
         pipe = diffusers.DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **without)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         reason = ' '.join(str(error).split())[:300]
