@@ -25,6 +25,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -93,6 +94,7 @@ def quiet():
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
+    warnings.filterwarnings('ignore', message='.*lru_cache')                      # torch.compile's, of diffusers' own code
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
@@ -367,6 +369,8 @@ class Base:
     def predict(self, net, xt, t, y):
         """net's own output at (xt, t) under y, (B, C, H, W) float32; bf16 autocast inside on CUDA."""
         with self.autocast():
+            # clones: torch.compile compiles anew for other strides, those of slices and expanded times, even in a batch of one
+            xt, t = xt.clone(memory_format=torch.contiguous_format), t.clone(memory_format=torch.contiguous_format)
             return net(xt, timestep=t, encoder_hidden_states=y[0], **self.condition(y[1])).sample.float()
 
     def x0(self, net, xt, t, y, cfg=1.):
@@ -916,6 +920,7 @@ def training_flags(p, model_help):
     p.add_argument('--warmup', type=int, help='iterations of linear learning-rate warm-up')
     p.add_argument('--cooldown', type=int, help='last iterations, over which the learning rates fall linearly to 0')
     p.add_argument('--checkpointing', action=yes_no, help='gradient checkpointing in all networks')
+    p.add_argument('--compile', action=yes_no, default=False, help='torch.compile for all networks but the text encoders')
     p.add_argument('--seed', type=int, default=0, help='seed of the run')
     # output
     p.add_argument('--save_every', type=int, help='iterations between saves')
@@ -1162,14 +1167,22 @@ class Distillation:
         adamw = torch.optim.AdamW if run.world == 1 or not args.shard else \
             lambda w, **options: ZeroRedundancyOptimizer(w, torch.optim.AdamW, **options)
         self.opts = {k: adamw([*trained(net).values()], lr=self.rates[k], betas=(.9, .999), weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
+        self.teacher, self.decode = self.compiled(base.teacher), self.compiled(base.decode)
         self.d_loss, self.g_loss = gan_losses(args.gan)
         # DMD2's latent critic is the fake score itself, so its loss enters the fake score's update with a small weight
         self.critic_weight = 1. if args.gan == 'pixel' else 1e-2
 
+    def compiled(self, f):
+        """f, a network or a function, as one graph of torch.compile where --compile says so. Each has the shapes of --micro: what is
+        drawn for the sample grids goes through the networks themselves."""
+        return torch.compile(f, fullgraph=True, dynamic=False) if self.args.compile else f
+
     def distribute(self):
-        """After the weights are loaded: the networks as DistributedDataParallel where there are ranks."""
+        """After the weights are loaded: the networks that compute, .fast, and around them, where there are ranks, those that
+        average gradients, .wrapped."""
+        self.fast = {k: self.compiled(net) for k, net in self.nets.items()}
         self.wrapped = {k: DDP(net, device_ids=[self.base.device.index] if self.run.cuda else None, broadcast_buffers=False,
-                               gradient_as_bucket_view=True) if self.run.world > 1 else net for k, net in self.nets.items()}
+                               gradient_as_bucket_view=True) if self.run.world > 1 else net for k, net in self.fast.items()}
 
     def sync(self, name, last):
         """Gradients of a network are averaged over ranks in its last backward of an iteration; wraps forward and backward."""
@@ -1203,12 +1216,12 @@ class Distillation:
     @torch.no_grad()
     def reach(self, part, s):
         """The student's input (x_s, t) at its step s, by backward simulation as at inference."""
-        before = backward_simulation(self.base, self.student, self.steps, part.eps, part.y, stop=s)
+        before = backward_simulation(self.base, self.fast['student'], self.steps, part.eps, part.y, stop=s)
         return at_step(self.base, self.steps, part.eps, s, before)
 
     def G(self, xt, t, y):
         """The student's x0 (b, C, h, w) float32, through the module that synchronises where there will be a gradient."""
-        return self.base.x0(self.wrapped['student'] if torch.is_grad_enabled() else self.student, xt, t, y)
+        return self.base.x0((self.wrapped if torch.is_grad_enabled() else self.fast)['student'], xt, t, y)
 
     def student_backward(self, part, it, turn, share):
         """Items 1 to 4 of an iteration: gradients of `share` of L = L_DM + gan_weight L_adv where it is the student's turn
@@ -1225,15 +1238,15 @@ class Distillation:
                 tau = self.schedule.between(part.u[:, 0], 20, 980)
                 x_tau = self.schedule.noised(part.x0, part.eps[:, S], tau)
                 with torch.no_grad():
-                    r = self.base.x0(self.base.teacher, x_tau, tau, part.y, args.cfg)
-                    f = self.base.x0(self.fake, x_tau, tau, part.y)
+                    r = self.base.x0(self.teacher, x_tau, tau, part.y, args.cfg)
+                    f = self.base.x0(self.fast['fake'], x_tau, tau, part.y)
                 dm, d_dm = slope(lambda x: dm_loss(x, r, f), x0)                                        # loss, dDM/dx0
                 self.run.note(f'dm/{int(self.steps[s])}', dm), self.run.note('grad/dm', sample_norm(d_dm))
 
             # 3. GAN, eq. 8-9: finish the picture without gradient, noise it to a low-noise step, clean it once with gradient
             if args.gan != 'none' and args.split:
                 with torch.no_grad():
-                    end = backward_simulation(self.base, self.student, self.steps, part.eps, part.y, first=s + 1, x0=x0)
+                    end = backward_simulation(self.base, self.fast['student'], self.steps, part.eps, part.y, s + 1, x0=x0)
                     t_l = self.steps[self.choose(it, 2, self.low)].expand(len(end))
                     x_l = self.schedule.noised(end, part.eps[:, S + 1], t_l)
                 z = self.G(x_l, t_l, part.y)                                                            # (b, C, h, w)
@@ -1243,7 +1256,7 @@ class Distillation:
                 part.seen = seen.detach()
             if args.gan != 'none' and turn:
                 t_g = self.schedule.between(part.u[:, 1], 0, 999)                                    # the latent GAN's
-                adv = self.g_loss(self.judge(self.heads, seen, part.eps[:, S + 2], t_g, part.y))
+                adv = self.g_loss(self.judge(self.fast['heads'], seen, part.eps[:, S + 2], t_g, part.y))
                 d_adv, = torch.autograd.grad(adv, leaf)                                                 # dAdv/dz
                 self.run.note('gan/g', adv), self.run.note('grad/gan', sample_norm(d_adv) * args.gan_weight)
 
@@ -1287,7 +1300,7 @@ class Distillation:
 
     def view(self, z, it):
         with self.base.autocast():
-            return self.base.decode(self.crop(z, it, 1)) if self.args.gan == 'pixel' else z
+            return self.decode(self.crop(z, it, 1)) if self.args.gan == 'pixel' else z
 
     def real_view(self, pixels, it):
         return self.crop(pixels, it, self.scale) if self.args.gan == 'pixel' else self.base.latents(pixels)
@@ -1577,6 +1590,13 @@ def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling with diffusers' own pipelines, for sample.py and evaluate.py
+
+
+def compile_pipeline(pipe):
+    """torch.compile for a pipeline's network and its VAE's decoder, one graph each for every size of batch."""
+    part = pipe.transformer if hasattr(pipe, 'transformer') else pipe.unet
+    part.compile(fullgraph=True, dynamic=False)
+    pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, dynamic=False)
 
 
 @torch.no_grad()

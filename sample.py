@@ -30,6 +30,8 @@ p.add_argument('--prompts', default='', help='text file, one prompt per line; em
 p.add_argument('--n', type=int, default=16, help='pictures; prompts repeat in turn')
 p.add_argument('--batch', type=int, default=8, help='pictures per call')
 p.add_argument('--seed', type=int, default=0, help='picture i depends on (seed, i) alone')
+p.add_argument('--compile', action=argparse.BooleanOptionalAction, default=False,
+               help='torch.compile: a slow first call, faster ones after it')
 p.add_argument('--out', default='samples.png', help='PNG to write')
 p.add_argument('--merge', default='', help='write the student as a whole pipeline folder instead, its LoRA merged into the weights')
 args = p.parse_args()
@@ -59,6 +61,8 @@ if args.merge:
     raise SystemExit
 pipe.to(device)
 pipe.set_progress_bar_config(disable=True)
+if args.compile:
+    m.compile_pipeline(pipe)
 
 if args.teacher:
     print(f'{source}, {args.steps} steps of {type(pipe.scheduler).__name__}, guidance {args.cfg}')

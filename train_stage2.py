@@ -99,7 +99,7 @@ if (first.recipe or facts['recipe']) not in RECIPES:
     m.die(f"--init {folder}: its recipe is {facts['recipe']!r}; give --recipe {' or '.join(RECIPES)}")
 recipe = first.recipe or facts['recipe']
 own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
-       'log_every', 'wandb', 'shard', 'timeout', 'disk_full', 't5', 'lora', 'lora_alpha', 'lora_targets'}        # not handed on
+       'log_every', 'wandb', 'shard', 'compile', 'timeout', 'disk_full', 't5', 'lora', 'lora_alpha', 'lora_targets'}        # not handed on
 lora = facts.get('lora') or dict(rank=None, alpha=0., targets=['attention'])
 p.set_defaults(**RECIPES[recipe] | (LORA_RATES.get(recipe, {}) if lora['rank'] else {}) | dict(
     model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'], lora_alpha=lora['alpha'],
@@ -150,11 +150,12 @@ else:
     def reward(z, t, prompts):
         """A reward of pictures for noisy latents z (B, C, h, w) at times t (B,): of the student's x0 there, decoded. (B,)."""
         with base.autocast():
-            x = base.decode(base.x0(student, z, t, base.encode(prompts)))
+            x = d.decode(base.x0(d.fast['student'], z, t, base.encode(prompts)))
         return judge_of_pictures.score((x.float() / 2 + .5).clamp(0, 1), prompts)
 
 start = m.load_state(run.out, d.nets, d.opts, vars(args))
 d.distribute()
+fast_reference = d.compiled(reference)
 rl_steps = [k for k in range(len(steps) - 1) if args.rl_steps == 'all' or k + 1 in d.high]
 if not rl_steps:
     m.die(f'--rl_steps {args.rl_steps}: none of the steps {steps.long().tolist()} leads to a high-noise step; use --rl_steps '
@@ -283,7 +284,7 @@ for it in range(start, args.iters + 1):
                 z_s, t = d.reach(part, s)
                 x0 = d.G(z_s, t, part.y)                                                              # (b, C, h, w)
                 with torch.no_grad():
-                    x_ref = base.x0(reference, z_s, t, part.y)
+                    x_ref = base.x0(fast_reference, z_s, t, part.y)
                     z = a * x0[:, None] + sigma * part.eps[:, len(steps):]                            # (b, K, C, h, w)
                     texts_k = [text for text in part.texts for _ in range(args.candidates)]
                     r = reward(z.flatten(0, 1), next_t.expand(len(texts_k)), texts_k).view(z.shape[:2])      # (b, K)

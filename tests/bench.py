@@ -6,8 +6,10 @@ Speed of training and of evaluation.
 
 memory    GB on one GPU at 1024 px and --micro 1, computed: parameters are counted, and the activations are those of the passes of
           one student update, run on meta tensors with gradient checkpointing
+work      TFLOP of an iteration at 1024 px, counted on meta tensors
 train     seconds per iteration of train_stage1.py, started as a user would, beside the sum of the network passes that it cannot
-          avoid, timed one by one in this process. Goal: ratio <= 1.05
+          avoid, timed one by one in this process (goal: ratio <= 1.05), and the share of the device's peak, which is measured
+sample    seconds per picture of 4 steps by plain diffusers, by sample.py, and of the teacher's 50 steps with guidance
 evaluate  pictures per second of evaluate.py on the toy: drawing, each score, and the share of the scoring that is spent outside
           the networks. Goal: <= 5 %
 """
@@ -25,18 +27,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torch.utils._python_dispatch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model as m                                                                                        # noqa: E402
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-p.add_argument('--only', nargs='+', choices=['memory', 'train', 'evaluate'], default=['train', 'evaluate'], help='what to measure')
-p.add_argument('--family', choices=['sdxl', 'sd3'], default='sdxl', help='which size to train with a CUDA device')
-p.add_argument('--iters', type=int, default=40, help='iterations of the training script')
-p.add_argument('--work', type=Path, default=ROOT / 'out/bench', help='folder for the run and the random weights')
 cuda = torch.cuda.is_available()
 device = torch.device('cuda' if cuda else 'cpu')
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+p.add_argument('--only', nargs='+', choices=['memory', 'work', 'train', 'sample', 'evaluate'],
+               default=['train', 'sample', 'evaluate'], help='what to measure')
+p.add_argument('--family', choices=['sdxl', 'sd3'], default='sdxl', help='which size to train with a CUDA device')
+p.add_argument('--iters', type=int, default=40, help='iterations of the training script')
+p.add_argument('--compile', action=argparse.BooleanOptionalAction, default=cuda, help='train and sample with --compile as well')
+p.add_argument('--work', type=Path, default=ROOT / 'out/bench', help='folder for the run and the random weights')
 
 
 def networks(family):
@@ -114,18 +119,24 @@ def seconds(f, repeat=5):
     return sorted(times[1:])[repeat // 2]
 
 
-def passes(flags, batch, checkpointing):
-    """(name, how many in a mean iteration, seconds of one) of every unavoidable pass at `batch` samples."""
-    dtype = torch.bfloat16 if cuda else torch.float32
-    base = m.Base(flags['--model'], device=device, dtype=dtype)
-    student = base.trainable()
-    disc = m.PixelDiscriminator(*m.load_sam_encoder(flags['--sam']), base.size, checkpointing).to(device)
-    if checkpointing:
-        student.enable_gradient_checkpointing(), base.vae.enable_gradient_checkpointing()
-    x, t = torch.randn(batch, *base.latent_shape, device=device), torch.full((batch,), 499., device=device)
-    prompts = ['a red circle on blue'] * batch
-    y = base.encode(prompts)
-    opt, heads_opt = (torch.optim.AdamW([w for w in n.parameters() if w.requires_grad], lr=1e-9, fused=cuda) for n in (student, disc))
+def flops(f):
+    """Floating-point operations of f(), as torch's FlopCounterMode counts them: matrix products, convolutions, attention."""
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def peak():
+    """FLOP/s of this device in a product of two matrices of 8192 in bf16 (on a CPU 2048 in fp32), the most it can be asked for."""
+    n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / seconds(lambda: a @ b, 20)
+
+
+def passes(base, student, disc, batch, encode):
+    """(name, how many in a mean iteration, function) of every unavoidable pass at `batch` samples."""
+    x, t = torch.randn(batch, *base.latent_shape, device=base.device), torch.full((batch,), 499., device=base.device)
+    y = encode()
 
     def frozen(f):
         def run():
@@ -142,62 +153,127 @@ def passes(flags, batch, checkpointing):
             logits = disc(base.decode(leaf))
         torch.autograd.grad(logits.float().mean(), leaf)
 
-    pixels = torch.randn(2 * batch, 3, base.size, base.size, device=device)
+    pixels = torch.randn(2 * batch, 3, base.size, base.size, device=base.device)
 
     def critic():
         with base.autocast():
             logits = disc(pixels)
         logits.float().mean().backward()
 
-    def step(o, net):
-        def run():
-            for w in net.parameters():
-                if w.requires_grad:
-                    w.grad = torch.zeros_like(w)
-            m.update(o, net)
-        return run
-
     return [
-        ('text encoders', 1, seconds(lambda: base.encode(prompts))),
-        ('student, no gradient', 3, seconds(frozen(lambda: base.x0(student, x, t, y)))),        # 1 before, 2 after, on average
-        ('student, forward and backward', 2, seconds(learn)),
-        ('teacher with guidance', 1, seconds(frozen(lambda: base.x0(base.teacher, x, t, y, 4.)))),
-        ('fake score, no gradient', 1, seconds(frozen(lambda: base.x0(student, x, t, y)))),
-        ('fake score, forward and backward', 1, seconds(learn)),
-        ('VAE, SAM, heads: to the latent', 1, seconds(adversary)),
-        ('SAM, heads: to the heads', 1, seconds(critic)),
-        ('optimiser of a network', 2, seconds(step(opt, student))),
-        ('optimiser of the heads', 1, seconds(step(heads_opt, disc))),
-    ]
+        ('text encoders', 1, frozen(encode)),
+        ('student, no gradient', 3, frozen(lambda: base.x0(student, x, t, y))),                 # 1 before, 2 after, on average
+        ('student, forward and backward', 2, learn),
+        ('teacher with guidance', 1, frozen(lambda: base.x0(base.teacher, x, t, y, 4.))),
+        ('fake score, no gradient', 1, frozen(lambda: base.x0(student, x, t, y))),
+        ('fake score, forward and backward', 1, learn),
+        ('VAE, SAM, heads: to the latent', 1, adversary),
+        ('SAM, heads: to the heads', 1, critic)]
+
+
+def optimisers(student, disc):
+    """The same for the optimisers' steps."""
+    def step(net):
+        opt = torch.optim.AdamW(m.trained(net).values(), lr=1e-9, fused=cuda)
+
+        def run():
+            for w in m.trained(net).values():
+                w.grad = torch.zeros_like(w)
+            m.update(opt, net)
+        return run
+    return [('optimiser of a network', 2, step(student)), ('optimiser of the heads', 1, step(disc))]
+
+
+def size_flags(args):
+    """What the training script is given: the toy, or with a CUDA device a pipeline of args.family's size."""
+    if not cuda:
+        return {'--recipe': 'toy', '--model': 'assets/toy/sdxl', '--sam': 'assets/toy/sam.pth'}
+    folder = args.work / args.family
+    if not (folder / 'data.parquet').exists():
+        random_pipeline(args.family, folder)
+    return {'--recipe': args.family, '--model': f'{folder}/pipeline', '--sam': f'{folder}/sam.pth', '--data': f'{folder}/data.parquet',
+            '--data_files': '', '--image_column': 'image', '--text_column': 'text', '--batch': '4', '--micro': '4'}
 
 
 def train(args):
-    """Prints the passes and their sum beside the script's own seconds per iteration."""
+    """Prints the passes, their sum, the script's own seconds per iteration, and its share of the device's peak."""
+    torch.set_float32_matmul_precision('high')
+    flags, run, rows = size_flags(args), args.work / 'run', []
+    for how in [[], ['--compile']] if args.compile else [[]]:
+        shutil.rmtree(run, ignore_errors=True)
+        subprocess.run([sys.executable, 'train_stage1.py', *sum(map(list, flags.items()), []), *how, '--iters', str(args.iters),
+                        '--log_every', '1', '--sample_every', '0', '--save_every', str(args.iters), '--out', str(run)],
+                       check=True, stdout=subprocess.DEVNULL)
+        rows.append([json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()][5:])
+    batch, lora = int(flags.get('--batch', 16)), args.family == 'sd3' and cuda
+    base = m.Base(flags['--model'], device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    student = base.trainable(m.lora_config(base.teacher, 64, 128., 'attention') if lora else None)
+    disc = m.PixelDiscriminator(*m.load_sam_encoder(flags['--sam']), base.size, cuda).to(device)
     if cuda:
-        torch.set_float32_matmul_precision('high')
-        folder = args.work / args.family
-        if not (folder / 'data.parquet').exists():
-            random_pipeline(args.family, folder)
-        flags = {'--recipe': args.family, '--model': f'{folder}/pipeline', '--sam': f'{folder}/sam.pth',
-                 '--data': f'{folder}/data.parquet', '--data_files': '', '--image_column': 'image',
-                 '--text_column': 'text', '--batch': '4', '--micro': '4'}
-    else:
-        flags = {'--recipe': 'toy', '--model': 'assets/toy/sdxl', '--sam': 'assets/toy/sam.pth'}
-    run = args.work / 'run'
-    shutil.rmtree(run, ignore_errors=True)
-    subprocess.run([sys.executable, 'train_stage1.py', *sum(map(list, flags.items()), []), '--iters', str(args.iters),
-                    '--log_every', '1', '--sample_every', '0', '--save_every', str(args.iters), '--out', str(run)],
-                   check=True, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()][5:]
-    whole = sum(r['seconds'] for r in rows) / len(rows)
-    batch = int(flags.get('--batch', 16))
-    total = 0
-    for name, count, each in passes(flags, batch, cuda):
-        total += count * each
-        print(f'{count} x {name:36s} {1e3 * each:8.1f} ms')
-    print(f'{torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"}, batch {batch}: '
-          f'{whole:.3f} s per iteration over {len(rows)}, sum of the passes {total:.3f} s, ratio {whole / total:.3f}, '
-          f'peak memory {rows[-1]["memory"]:.1f} GiB')
+        student.enable_gradient_checkpointing(), base.vae.enable_gradient_checkpointing()
+    parts = [(name, count, seconds(f), flops(f)) for name, count, f in passes(
+        base, student, disc, batch, lambda: base.encode(['a red circle on blue'] * batch)) + optimisers(student, disc)]
+    total, work, most = sum(n * s for _, n, s, _ in parts), sum(n * c for _, n, _, c in parts), peak()
+    for name, count, each, ops in parts:
+        print(f'{count} x {name:36s} {1e3 * each:8.1f} ms {count * each / total:6.1%} {ops / 1e12:8.3f} TFLOP {ops / each / most:6.1%} of peak')
+    for how, part in zip(('', ' --compile'), rows):
+        whole = sum(r['seconds'] for r in part) / len(part)
+        print(f'{torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"}, batch {batch}{how}: '
+              f'{whole:.3f} s per iteration over {len(part)}, sum of the passes {total:.3f} s, ratio {whole / total:.3f}; '
+              f'{work / 1e12:.2f} TFLOP in an iteration, {work / whole / most:.1%} of the peak of {most / 1e12:.2f} TFLOP/s, '
+              f'peak memory {part[-1]["memory"]:.1f} GiB')
+
+
+def work(args):
+    """Prints TFLOP of an iteration at SDXL's and SD3-Medium's size and batch 1, counted on meta tensors, and what they take at most
+    on a card that multiplies 790 TFLOP/s in bf16, as an H200 can be asked for."""
+    from segment_anything import build_sam_vit_b
+    for family in ('sdxl', 'sd3'):
+        base, parts = meta_base(family)
+        base.teacher.float()
+        base.uncond = [v.float() for v in base.uncond]                           # one dtype will do: nothing is computed
+        ids = torch.zeros(1, 77, dtype=torch.long, device='meta')
+        texts = [v for k, v in parts.items() if k.startswith('text')]
+
+        def encode():
+            for net in texts:
+                net(ids if net is not parts.get('text_encoder_3') else ids.new_zeros(1, 256))
+            return base.uncond
+        with torch.device('meta'):
+            disc = m.PixelDiscriminator(*m.build_sam_encoder(build_sam_vit_b().state_dict()), 1024)
+        student = base.teacher
+        if family == 'sd3':
+            base.teacher.requires_grad_(False)
+            with torch.device('meta'):
+                student = base.trainable(m.lora_config(base.teacher, 64, 128., 'attention'))
+        found = [(name, count, flops(f)) for name, count, f in passes(base, student, disc, 1, encode)]
+        for name, count, ops in found:
+            print(f'{family}: {count} x {name:36s} {ops / 1e12:8.2f} TFLOP')
+        total = sum(n * c for _, n, c in found) / 1e12
+        print(f'{family}: {total:.1f} TFLOP for one sample of an iteration, without recomputation for checkpointing; at 790 TFLOP/s '
+              f'{total / 790:.3f} s', flush=True)
+
+
+def sample(args):
+    """Prints seconds per picture of the student's 4 steps, by plain diffusers and by what sample.py does, and of the teacher."""
+    pipe, batch = m.load_pipeline(size_flags(args)['--model'], '--model', torch.float16 if cuda else torch.float32), 4 if cuda else 16
+    pipe.to(device).set_progress_bar_config(disable=True)
+    teacher, prompts = pipe.scheduler, ['a red circle on blue'] * batch
+    flow = dict(sigmas=[1, .75, .5, .25]) if m.Schedule(teacher).kind == 'flow' else {}
+
+    def ours():
+        m.generate(pipe, prompts, range(batch), 0, 4, 0.)
+    times = {'teacher, 50 steps with guidance': seconds(lambda: m.generate(pipe, prompts, range(batch), 0, 50, 5.), 3)}
+    pipe.scheduler = m.few_step_scheduler(teacher, 4)
+    times['student, 4 steps, plain diffusers'] = seconds(lambda: pipe(
+        prompts, num_inference_steps=4, guidance_scale=0., output_type='pt', **flow, **m.text_length(pipe)).images.float().cpu())
+    times['student, 4 steps, sample.py'] = seconds(ours)
+    if args.compile:
+        m.compile_pipeline(pipe)
+        times['student, 4 steps, sample.py --compile'] = seconds(ours)
+    plain = times['student, 4 steps, plain diffusers']
+    for name, each in times.items():
+        print(f'{name:40s} {each / batch:8.4f} s per picture, {each / plain:6.2f} x plain')
 
 
 class Live(torch.utils._python_dispatch.TorchDispatchMode):
@@ -237,27 +313,33 @@ class Flash(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def activations(family, lora, crop):
-    """GB at the peak of one student update beyond the weights: the passes of Distillation.student_backward, on the meta device."""
+def meta_base(family):
+    """(model.Base of that size on the meta device, bf16, with embeddings of an empty prompt in name only; all its networks)."""
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-    from segment_anything import build_sam_vit_b
     base = m.Base.__new__(m.Base)
     base.part, base.size, base.device = dict(sdxl='unet', sd3='transformer')[family], 1024, torch.device('meta')
     base.autocast = lambda: torch.autocast('cpu', enabled=False)
     base.schedule = m.Schedule(DDPMScheduler() if family == 'sdxl' else FlowMatchEulerDiscreteScheduler(shift=3.))
+    c, tokens, width, pooled = (4, 77, 2048, 1280) if family == 'sdxl' else (16, 333, 4096, 2048)
+    base.latent_shape = (c, 128, 128)
     with torch.device('meta'):
         parts = networks(family)
         base.teacher, base.vae = parts[base.part].to(torch.bfloat16), parts['vae'].requires_grad_(False)
+        base.uncond = torch.empty(1, tokens, width, dtype=torch.bfloat16), torch.empty(1, pooled, dtype=torch.bfloat16)
+    return base, parts
+
+
+def activations(family, lora, crop):
+    """GB at the peak of one student update beyond the weights: the passes of Distillation.student_backward, on the meta device."""
+    from segment_anything import build_sam_vit_b
+    base, _ = meta_base(family)
+    x, t, y = torch.empty(1, *base.latent_shape, dtype=torch.bfloat16, device='meta'), torch.full((1,), 500., device='meta'), base.uncond
+    with torch.device('meta'):
         disc = m.PixelDiscriminator(*m.build_sam_encoder(build_sam_vit_b().state_dict()), 1024, checkpointing=True)
+        student = base.teacher
         if lora:
             base.teacher.requires_grad_(False)
             student = base.trainable(m.lora_config(base.teacher, lora, 2. * lora, 'attention')).to(torch.bfloat16)
-        else:
-            student = base.teacher
-        c, tokens, width, pooled = (4, 77, 2048, 1280) if family == 'sdxl' else (16, 333, 4096, 2048)
-        x, t = torch.empty(1, c, 128, 128, dtype=torch.bfloat16), torch.full((1,), 500.)
-        y = torch.empty(1, tokens, width, dtype=torch.bfloat16), torch.empty(1, pooled, dtype=torch.bfloat16)
-    base.uncond = y
     student.enable_gradient_checkpointing(), base.vae.enable_gradient_checkpointing()
     for w in m.trained(student).values():                                        # counted with the optimiser, not here
         w.register_post_accumulate_grad_hook(lambda w: setattr(w, 'grad', None))

@@ -174,6 +174,30 @@ if int(os.environ.get('RANK', 0)) == 0:
     assert one.keys() == many.keys() and len(one) == 6 + 18 and all(torch.equal(one[k], many[k]) for k in one)
 
 
+def test_compiled_is_the_same_and_compiles_once(tmp_path):
+    """--compile in stage 2, which runs all of stage 1 as well: every network is one graph (fullgraph), the first cycle of one
+    distillation and two preference updates compiles all there is, and the weights are those of the run without. The graphs are
+    run as they are (backend eager): what a compiler makes of them is torch's to test, and would take minutes."""
+    script = hooked(tmp_path, '''
+import functools
+from torch._dynamo.utils import counters
+torch.compile = functools.partial(torch.compile, backend='eager')
+def meets(d, it):
+    print('graphs', it, counters['stats']['unique_graphs'], sum(counters['graph_break'].values()), flush=True)
+''')
+    flags = ['--init', 'assets/toy/student', '--rl_ratio', 2, '--critic_warmup', 0, '--eval_every', 0, '--sample_every', 0,
+             '--log_every', 1, '--iters', 6, '--save_every', 6, '--batch', 2, '--micro', 1, '--warmup', 0, '--workers', 0]
+    for out, how in ('plain', []), ('compiled', ['--compile', '--checkpointing']):
+        done = start(script, 'train_stage2.py', *flags, *how, '--out', tmp_path / out)
+        assert done.returncode == 0, done.stderr[-2000:]
+    graphs = [[int(x) for x in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith('graphs')]
+    assert [it for it, *_ in graphs] == list(range(6)) and graphs[0][1] == 0
+    assert 6 <= graphs[3][1] <= 8 and {n for it, n, _ in graphs[3:]} == {graphs[3][1]} and not any(b for *_, b in graphs)
+    off, step = (differences(weights(tmp_path / 'plain', 6), x) for x in (
+        weights(tmp_path / 'compiled', 6), {k: v * 0 for k, v in weights(tmp_path / 'plain', 6).items()}))
+    assert off[0] < 1e-6 and off[1] < 1e-5 and step[0] > .9
+
+
 # ------------------------------------------------------------------------------------------------ signals and kills
 
 def test_sigterm_saves_and_four_ranks_go_on(one, tmp_path):
