@@ -14,9 +14,9 @@ from forkserver import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-torch.set_num_threads(2)
+torch.set_num_threads(1)                          # pytest -n 2 has a process for each core
 # the tests describe the CPU path: the toy recipe, whatever card the machine has, and no network
-ENV = os.environ | dict(CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', PYTHONPATH='')
+ENV = os.environ | dict(CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', PYTHONPATH='', OMP_NUM_THREADS='1')
 
 
 forks, first = functools.cache(lambda: Forks(ENV)), threading.Lock()

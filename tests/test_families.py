@@ -470,7 +470,7 @@ def test_what_adapters_and_families_refuse(sd3, tmp_path):
         extra = ['--recipe', 'toy', '--eval_every', 0] if script == 'train_stage2.py' and '--recipe' not in flags else []
         extra = ['--recipe', 'toy'] if script == 'train_stage1.py' and '--recipe' not in flags else extra[2:]
         return start(script, *[str(f).replace('TMP', str(tmp_path)) for f in flags], *extra, *['--iters', 1, '--out', tmp_path.parent / 'o']
-                     * script.startswith('train'), timeout=120, env=dict(OMP_NUM_THREADS='1'))
+                     * script.startswith('train'), timeout=120)
 
     with ThreadPoolExecutor(2) as pool:
         for (script, flags, names), done in zip(BAD, pool.map(call, BAD)):

@@ -52,7 +52,7 @@ def torchrun(*command, flags=('--standalone',), ranks=2):
     ranks, and another number of threads rounds otherwise."""
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *map(str, flags), f'--nproc_per_node={ranks}',
                              *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env=ENV | dict(OMP_NUM_THREADS='1', TORCH_ELASTIC_SHUTDOWN_TIMEOUT='3' if 'hooked.py' in str(command[0]) else '60'))
+                            env=ENV | dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT='3' if 'hooked.py' in str(command[0]) else '60'))
 
 
 def hooked(folder, code):
