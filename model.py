@@ -965,7 +965,9 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')
+        self.it, self.moved, self.told, self.parent = None, float('inf'), False, os.getppid()
         if self.world > 1:
+            threading.Thread(target=self.watch, daemon=True).start()
             patience = timedelta(minutes=args.timeout + 5)             # more than watch() has, which can say who is missing
             # torchrun's --max-restarts may keep the store, with the addresses of those who have died in it
             self.store = dist.PrefixStore(f'life {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}',
@@ -976,7 +978,6 @@ class Run:
         torch.manual_seed(args.seed)                     # the heads' initial weights; all else has streams of its own
         self.mine = range(self.rank * args.batch // self.world, (self.rank + 1) * args.batch // self.world)
         self.meter, self.in_a_row, self.dropped, self.skipped = {}, 0, 0, 0
-        self.it, self.moved, self.told = None, None, False
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, 'told', True))
 
     def print(self, *text):
@@ -1009,17 +1010,20 @@ class Run:
 
     def told_to_stop(self, it):
         """At the start of iteration `it`: whether a rank has had SIGTERM. Ranks meet here, so watch() counts from here."""
-        stop, first = self.any(self.told), self.it is None
+        stop = self.any(self.told)
         self.it, self.moved = it, time.time()
-        if first and self.world > 1:
-            threading.Thread(target=self.watch, daemon=True).start()
         return stop
 
     def watch(self):
         """Ends a process whose iteration takes longer than --timeout, with a sentence on where each rank stands. A collective
-        that waits for a hung rank cannot do that: gloo's names no rank, nccl's ends the process from outside Python."""
+        that waits for a hung rank cannot do that: gloo's names no rank, nccl's ends the process from outside Python. Without a
+        torchrun ends as well: left alone, ranks would go on saving into the folder of the run that is started in their place."""
         limit = 60 * self.args.timeout
         while (waited := time.time() - self.moved) < limit:
+            if os.getppid() != self.parent:
+                print(f'error: rank {self.rank}: torchrun is gone; the last save in {self.out} is good, run again', file=sys.stderr,
+                      flush=True)
+                os._exit(2)
             time.sleep(min(limit - waited, 1) + .01)
         frame, where = sys._current_frames()[threading.main_thread().ident], 'outside'
         while frame:

@@ -7,6 +7,7 @@ weights and optimiser moments with those of a run that nobody touched. On the to
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -43,6 +44,16 @@ def begin(stage, out):
                             start_new_session=True)
 
 
+def processes(out):
+    """Process ids of a run: those with its folder on their command line."""
+    found = []
+    for file in Path('/proc').glob('[0-9]*/cmdline'):
+        with contextlib.suppress(OSError):
+            if f'\0--out\0{out}\0' in file.read_text():
+                found.append(int(file.parent.name))
+    return found
+
+
 def saved(out):
     return max((int(f.name[6:]) for f in out.glob('state-' + '[0-9]' * 7)), default=0)
 
@@ -60,7 +71,7 @@ for stage in args.stages:
         Path(f'{folder}.txt').unlink(missing_ok=True)
     if begin(stage, calm).wait():
         sys.exit(f'error: the run without kills failed, see {calm}.txt')
-    print('| kill | by | saved before | log line before | left half-written | next start |\n|---|---|---|---|---|---|', flush=True)
+    print('| kill | by | processes | saved before | log line before | left half-written |\n|---|---|---|---|---|---|', flush=True)
     kills = 0
     while kills < args.kills:
         process, before = begin(stage, out), saved(out)
@@ -80,13 +91,20 @@ for stage in args.stages:
             print('|  | none: it had finished; from the beginning again | | | | |', flush=True)
             shutil.rmtree(out)
             continue
-        os.killpg(process.pid, how)                          # the session that begin() started: it and its children
+        found = processes(out)
+        # under torchrun one rank, torchrun alone, or all at once; a plain process with its data workers
+        victims = [found, [moments.choice(found)], [process.pid]][moments.randrange(3) if args.ranks > 1 else 0]
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, how)
         code = process.wait()
+        while processes(out):                                # those that were spared end by themselves
+            time.sleep(.1)
         kills += 1
         lines = [x for x in Path(f'{out}.txt').read_text().splitlines() if '/' in x[:12] and 's/it' in x]
         half = ' '.join(f.name for f in out.glob('*.tmp*')) if out.exists() else ''
-        print(f'| {kills} | {how.name}{f", left with {code}" if how == signal.SIGTERM else ""} | {saved(out)} | '
-              f'{lines[-1].split()[0] if lines else ""} | {half} | iteration {saved(out)} |', flush=True)
+        print(f'| {kills} | {how.name}{f", left with {code}" if how == signal.SIGTERM else ""} | {len(victims)} of {len(found)} | '
+              f'{saved(out)} | {lines[-1].split()[0] if lines else ""} | {half} |', flush=True)
     code = begin(stage, out).wait()
     if code:
         sys.exit(f'error: the run after the last kill failed with {code}, see {out}.txt')

@@ -340,11 +340,10 @@ def test_ten_nans_in_a_row_stop_stage_2(tmp_path):
     assert equal(a, b) and all(v.isfinite().all() for v in a.values())
 
 
-@pytest.mark.parametrize('stopped', [1, 0])
-def test_a_hung_rank_is_named(stopped, tmp_path):
-    """Iterations of nothing but a collective, so that they are short: at the second one a rank gets SIGSTOP."""
-    (tmp_path / 'hooked.py').write_text(f'''
-import argparse, os, signal, sys, torch
+def short_iterations(folder, happens):
+    """Two ranks under torchrun whose iterations are nothing but a collective, and what `happens` at the second one: its output."""
+    (folder / 'hooked.py').write_text(f'''
+import argparse, os, signal, sys, time, torch
 sys.path.insert(0, {str(ROOT)!r})
 import model as m
 p = argparse.ArgumentParser()
@@ -353,22 +352,43 @@ p.add_argument('--out')
 args = p.parse_args()
 run = m.Run(args)
 def in_model(it):
-    if run.rank == {stopped} and it == 2:
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if it == 2:
+        {happens}
     torch.distributed.all_reduce(torch.ones(3))
 in_model.__code__ = in_model.__code__.replace(co_filename=m.__file__)
 for it in range(100):
-    run.told_to_stop(it)
+    if run.told_to_stop(it):
+        break
     in_model(it)
+    time.sleep(.1)
+print(f'rank {{run.rank}} ended at {{it}}', flush=True)
+run.close(it)
 ''')
-    run = torchrun(tmp_path / 'hooked.py', '--timeout', .1, '--out', tmp_path, *(x for k in (
-        'batch=2 micro=1 iters=9 save_every=1 log_every=1 sample_every=0 warmup=0 cooldown=0 student_lr=0 fake_lr=0 heads_lr=0 '
+    run = torchrun(folder / 'hooked.py', '--timeout', .1, '--out', folder, *(x for k in (
+        'batch=2 micro=1 iters=200 save_every=1 log_every=1 sample_every=0 warmup=0 cooldown=0 student_lr=0 fake_lr=0 heads_lr=0 '
         'gan_weight=0 cfg=1').split() for x in ('--' + k).split('=')))
-    said = run.communicate(timeout=200)[0]
+    return run.communicate(timeout=200)[0], run.returncode
+
+
+@pytest.mark.parametrize('stopped', [1, 0])
+def test_a_hung_rank_is_named(stopped, tmp_path):
+    said, code = short_iterations(tmp_path, f'run.rank == {stopped} and os.kill(os.getpid(), signal.SIGSTOP)')
     errors = [line for line in said.splitlines() if line.startswith('error: ')]
-    assert run.returncode and len(errors) == 1 and 'model.py", line' not in said, said[-3000:]
+    assert code and len(errors) == 1 and 'model.py", line' not in said, said[-3000:]
     assert 'iteration 2 has taken more than --timeout 0.1 minutes' in errors[0]
     assert f'no answer: rank {stopped}' in errors[0] and f'(in_model): rank {1 - stopped}' in errors[0]
+
+
+def test_a_signal_to_one_rank_ends_both_after_the_same_iteration(tmp_path):
+    said, code = short_iterations(tmp_path, 'run.rank == 1 and os.kill(os.getpid(), signal.SIGTERM)')
+    assert code == 0 and 'rank 0 ended at 3' in said and 'rank 1 ended at 3' in said and 'after iteration 3' in said, said[-3000:]
+
+
+def test_ranks_end_with_their_torchrun(tmp_path):
+    """Left alone they would save into the folder of the run that is started in their place."""
+    said, code = short_iterations(tmp_path, 'run.rank == 0 and os.kill(os.getppid(), signal.SIGKILL)')
+    assert code == -signal.SIGKILL and 'rank 0: torchrun is gone' in said and 'rank 1: torchrun is gone' in said, said[-3000:]
+    assert ' ended at' not in said
 
 
 # -------------------------------------------------------------------------------------------------------------- data
