@@ -1170,7 +1170,8 @@ class Distillation:
         self.rates = {'student': args.student_lr, 'fake': args.fake_lr, 'heads': args.heads_lr}
         adamw = torch.optim.AdamW if run.world == 1 or not args.shard else \
             lambda w, **options: ZeroRedundancyOptimizer(w, torch.optim.AdamW, **options)
-        self.opts = {k: adamw([*trained(net).values()], lr=self.rates[k], betas=(.9, .999), weight_decay=.01, fused=run.cuda) for k, net in self.nets.items()}
+        self.opts = {k: adamw([*trained(net).values()], lr=self.rates[k], betas=(.9, .999), weight_decay=.01, fused=run.cuda)
+                     for k, net in self.nets.items()}
         self.teacher, self.decode = self.compiled(base.teacher), self.compiled(base.decode)
         self.d_loss, self.g_loss = gan_losses(args.gan)
         # DMD2's latent critic is the fake score itself, so its loss enters the fake score's update with a small weight

@@ -54,6 +54,10 @@ def processes(out):
     return found
 
 
+def children(pid):
+    return [int(x) for x in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
 def saved(out):
     return max((int(f.name[6:]) for f in out.glob('state-' + '[0-9]' * 7)), default=0)
 
@@ -92,19 +96,22 @@ for stage in args.stages:
             shutil.rmtree(out)
             continue
         found = processes(out)
-        # under torchrun one rank, torchrun alone, or all at once; a plain process with its data workers
-        victims = [found, [moments.choice(found)], [process.pid]][moments.randrange(3) if args.ranks > 1 else 0]
+        # a plain process with its data workers; under torchrun all at once, torchrun alone, or one rank
+        victims = [found, [process.pid], [moments.choice(children(process.pid) or found)]][moments.randrange(3) if args.ranks > 1 else 0]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, how)
         code = process.wait()
         while processes(out):                                # those that were spared end by themselves
             time.sleep(.1)
+        whole = saved(out) == args.iters
         kills += 1
         lines = [x for x in Path(f'{out}.txt').read_text().splitlines() if '/' in x[:12] and 's/it' in x]
         half = ' '.join(f.name for f in out.glob('*.tmp*')) if out.exists() else ''
         print(f'| {kills} | {how.name}{f", left with {code}" if how == signal.SIGTERM else ""} | {len(victims)} of {len(found)} | '
               f'{saved(out)} | {lines[-1].split()[0] if lines else ""} | {half} |', flush=True)
+        if whole:                                            # nothing is left to be killed: from the beginning again
+            shutil.rmtree(out)
     code = begin(stage, out).wait()
     if code:
         sys.exit(f'error: the run after the last kill failed with {code}, see {out}.txt')

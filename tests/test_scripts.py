@@ -497,7 +497,7 @@ BAD = [                          # script, flags and before them what is set in 
     ('train_stage2.py', ['--rl_ratio', 0], '--rl_ratio 0'),
     ('train_stage2.py', ['--rl_steps', 249], 'invalid choice'),
     ('train_stage2.py', ['--steps', 1, '--no-split'], '--rl_steps high'),
-    ('train_stage2.py', ['--lrm', 'TMP/nowhere'], '--lrm'),
+    ('train_stage2.py', ['--recipe', 'toy-sd3'], '--recipe toy-sd3'), ('train_stage2.py', ['--lrm', 'TMP/nowhere'], '--lrm'),
     ('train_stage2.py', ['--lrm', 'some-body/no-such-lrm'], '--lrm'),
     ('train_stage2.py', ['--lrm', 'TMP/lrm_short'], '--lrm'),
     ('train_stage2.py', ['--lrm', 'TMP/lrm_lacking'], 'lacks mid_block'),
