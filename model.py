@@ -825,10 +825,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         for skipped in range(min(len(self.rows), 1000)):
-            try:
-                row = self.rows[self._place(position + skipped)]
-            except (OSError, ValueError):                                           # its shard is gone, or no longer whole
-                continue
+            row = self.rows[self._place(position + skipped)]
             pixels, text = self._pixels(row[self.image_column]), self._text(row)
             if pixels is not None and text is not None:
                 return dict(pixels=pixels, text=text, skipped=skipped)
