@@ -658,7 +658,7 @@ def encoder_features(base, net, xt, t, y):
     def stop(block, inputs, output):
         raise _Stop
 
-    half = len(net.transformer_blocks) // 2 if base.part == 'transformer' else 0
+    half = net.config.num_layers // 2 if base.part == 'transformer' else 0
     hooks = [(block, tokens) for block in net.transformer_blocks[:half]] if half else [
         *((block, stage) for block in net.down_blocks), (net.mid_block, middle)]
     hooks = [block.register_forward_hook(hook) for block, hook in hooks + [(hooks[-1][0], stop)]]
@@ -673,7 +673,7 @@ def encoder_channels(net):
     """The channels of encoder_features' maps."""
     if hasattr(net, 'mid_block'):
         return [*net.config.block_out_channels, net.config.block_out_channels[-1]]
-    return [net.inner_dim] * (len(net.transformer_blocks) // 2)
+    return [net.inner_dim] * (net.config.num_layers // 2)
 
 
 def bottleneck(base, net, xt, t, y):
@@ -687,46 +687,51 @@ def bottleneck(base, net, xt, t, y):
 
 
 class LatentReward(nn.Module):
-    """LPO's latent reward model for SDXL (LRM-XL, arXiv 2502.01051): how much noisy latents please under their prompt,
+    """LPO's latent reward model (LRM-XL, arXiv 2502.01051): how much noisy latents please under their prompt,
 
         score = exp(logit_scale) cos(W v, e)
 
-    e: the pooled projection of the second text encoder; v: the averaged outputs of a UNet's down stages and mid block at
-    (z_t, t), the mid one guided with weight 7.5 against the encoded empty prompt. It has text encoders of its own and uses
-    the base model's tokenizers, latents and schedule. forward: z (B, C, h, w), t (B,), y = encode(prompts) -> (B,) fp32.
+    e: the pooled projection of the second text encoder; v: the averages of encoder_features of a UNet, or the same of a
+    transformer, at (z_t, t), the last one guided with weight 7.5 against the encoded empty prompt. It has CLIP text encoders of
+    its own and uses the base model's tokenizers, T5, latents and schedule. forward: z (B, C, h, w), t (B,), y = encode(prompts)
+    -> (B,) fp32.
     """
 
-    def __init__(self, base, unet, text_encoder, text_encoder_2):
+    def __init__(self, base, net, text_encoder, text_encoder_2):
         super().__init__()
-        self.pipe = type(base.pipe)(**dict(base.pipe.components, unet=unet, text_encoder=text_encoder,
-                                           text_encoder_2=text_encoder_2))
-        self.base, self.unet, self.text_encoder, self.text_encoder_2 = base, unet, text_encoder, text_encoder_2
-        unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, None
-        channels, dim = unet.config.block_out_channels, text_encoder_2.config.projection_dim
-        self.visual_projection = nn.Linear(sum(channels) + channels[-1], dim, bias=False)
+        self.pipe = type(base.pipe)(**base.pipe.components | {base.part: net} | dict(
+            text_encoder=text_encoder, text_encoder_2=text_encoder_2))
+        self.base, self.net, self.text_encoder, self.text_encoder_2 = base, net, text_encoder, text_encoder_2
+        for unread in self.UNREAD[base.part]:
+            setattr(net, unread, None)
+        if base.part == 'transformer':
+            net.transformer_blocks = net.transformer_blocks[:net.config.num_layers // 2]
+        self.dim = text_encoder_2.config.projection_dim
+        self.visual_projection = nn.Linear(sum(encoder_channels(net)), self.dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))                                             # log(1 / .07)
+
+    UNREAD = {'unet': ['up_blocks', 'conv_norm_out', 'conv_out'], 'transformer': ['norm_out', 'proj_out']}
 
     def encode(self, prompts):
         """List of B strings -> (embeddings (2 B, L, D), pooled (2 B, P)), the second half those of the empty prompt."""
         each = list(dict.fromkeys([*prompts, '']))                                     # candidates of a prompt share it
-        y = self.pipe.encode_prompt(each, device=self.base.device, do_classifier_free_guidance=False)[::2]
+        y = self.pipe.encode_prompt(each, device=self.base.device, do_classifier_free_guidance=False, **self.base.texts)[::2]
         return [v[[each.index(p) for p in [*prompts, *[''] * len(prompts)]]] for v in y]
 
     def forward(self, z, t, y):
-        *stages, mid = [f.mean((2, 3)) for f in encoder_features(self.base, self.unet, z.repeat(2, 1, 1, 1), t.repeat(2), y)]
+        *stages, mid = [f.mean((2, 3)) for f in encoder_features(self.base, self.net, z.repeat(2, 1, 1, 1), t.repeat(2), y)]
         cond, uncond = mid.chunk(2)
         v = torch.cat([f.chunk(2)[0] for f in stages] + [uncond + 7.5 * (cond - uncond)], 1)              # (B, sum C)
-        e = y[1].chunk(2)[0].float()                                                                             # (B, P)
+        e = y[1].chunk(2)[0][:, -self.dim:].float()                                                              # (B, dim)
         return self.logit_scale.float().exp() * F.cosine_similarity(F.linear(v, self.visual_projection.weight.float()), e)
 
 
 def load_latent_reward(name, base, flag='--lrm'):
-    """LatentReward from a folder in the layout of casiatao/LRM's SDXL model (unet/, text_encoder/, text_encoder_2/,
-    state_dict.pt) or hub_id/subfolder, frozen; one sentence where it is missing, damaged, or of another base model."""
-    import transformers
-    from diffusers import UNet2DConditionModel
+    """LatentReward from a folder in the layout of casiatao/LRM's SDXL model (unet/, of SD3 transformer/, text_encoder/,
+    text_encoder_2/, state_dict.pt) or hub_id/subfolder, frozen; one sentence where it is missing, damaged, or of another base
+    model."""
     quiet()
-    way_out = (f'give {flag} a folder with unet/, text_encoder/, text_encoder_2/ and state_dict.pt; for a base model that has '
+    way_out = (f'give {flag} a folder with {base.part}/, text_encoder/, text_encoder_2/ and state_dict.pt; for a base model that has '
                'none, train one as tests/make_toy.py does, or go on with train_stage1.py')
     folder = Path(name)
     try:
@@ -737,15 +742,16 @@ def load_latent_reward(name, base, flag='--lrm'):
             repo, inside = '/'.join(str(name).split('/')[:2]), '/'.join(str(name).split('/')[2:])
             folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=f'{inside}/*' if inside else None)) / inside
         dtype = base.teacher.dtype
-        unet, info = UNet2DConditionModel.from_pretrained(folder / 'unet', dtype=dtype, output_loading_info=True)
-        needed = [k for k in info['missing_keys'] if not k.startswith(('up_blocks.', 'conv_norm_out.', 'conv_out.'))]
-        if needed or unet.config.in_channels != base.latent_shape[0]:
-            die(f'{flag} {name}: its unet ' + (f'lacks {needed[0]} and {len(needed) - 1} more' if needed else
-                f'reads {unet.config.in_channels} latent channels, --model {base.name} has {base.latent_shape[0]}'))
-        texts = [getattr(transformers, k).from_pretrained(folder / sub, dtype=dtype) for k, sub in [
-            ('CLIPTextModel', 'text_encoder'), ('CLIPTextModelWithProjection', 'text_encoder_2')]]
+        net, info = type(base.teacher).from_pretrained(folder / base.part, dtype=dtype, output_loading_info=True)
+        unread, layers = LatentReward.UNREAD[base.part], net.config.get('num_layers', 0)
+        unread = [*unread, *(f'transformer_blocks.{k}' for k in range(layers // 2, layers))]
+        needed = [k for k in info['missing_keys'] if not k.startswith(tuple(f'{x}.' for x in unread))]
+        if needed or net.config.in_channels != base.latent_shape[0]:
+            die(f'{flag} {name}: its {base.part} ' + (f'lacks {needed[0]} and {len(needed) - 1} more' if needed else
+                f'reads {net.config.in_channels} latent channels, --model {base.name} has {base.latent_shape[0]}'))
+        texts = [type(getattr(base.pipe, sub)).from_pretrained(folder / sub, dtype=dtype) for sub in ('text_encoder', 'text_encoder_2')]
         state = torch.load(folder / 'state_dict.pt', map_location='cpu', weights_only=True)
-        reward = LatentReward(base, unet, *texts)
+        reward = LatentReward(base, net, *texts)
         reward.visual_projection.load_state_dict(state['visual_projection'])
         reward.logit_scale.data = torch.as_tensor(state['logit_scale']).float()
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:

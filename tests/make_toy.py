@@ -17,6 +17,7 @@ checkpoint in --work. Components:
     pickscore  the CLIP, trained on preference pairs: PickScore's format
     lrm      latent reward model in LPO's layout, trained on the same kind of pairs at every noise level
     sd3      StableDiffusion3Pipeline without T5: a small MMDiT trained on the flow, on sdxl's VAE and frozen text encoders
+    lrm_sd3  the latent reward of sd3's latents: the first half of its transformer, trained as lrm
 """
 
 import argparse
@@ -34,7 +35,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm', 'sd3']
+COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm', 'sd3', 'lrm_sd3']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures: one or two shaded objects with a drop shadow on a lit, grainy background
@@ -297,9 +298,10 @@ def finish(build, folder):
     build(temporary)
     shutil.rmtree(OUT / folder, ignore_errors=True)
     os.replace(temporary, OUT / folder)
-    for file in [f for f in (OUT / folder).rglob('*') if f.is_file() and folder != 'sdxl']:
-        twin = OUT / 'sdxl' / file.relative_to(OUT / folder)                     # the same VAE and text encoders: a link
-        if twin.is_file() and twin.stat().st_size > 100_000 and twin.read_bytes() == file.read_bytes():
+    homes = [home for home in ('sdxl', 'sd3') if home != folder and not (home == 'sd3' and folder == 'sdxl')]
+    for file, home in itertools.product([f for f in (OUT / folder).rglob('*') if f.is_file()], homes):
+        twin = OUT / home / file.relative_to(OUT / folder)                       # the same VAE and text encoders: a link
+        if twin.is_file() and not twin.is_symlink() and twin.stat().st_size > 100_000 and twin.read_bytes() == file.read_bytes():
             file.unlink()
             file.symlink_to(os.path.relpath(twin, file.parent))
     size = sum(f.stat().st_size for f in (OUT / folder).rglob('*') if f.is_file() and not f.is_symlink())
@@ -751,15 +753,15 @@ def make_sd3():
 # ---------------------------------------------------------------------------------------------------------------------
 # the latent reward: the teacher's way down, trained on noised pairs as LPO's (arXiv 2502.01051) is
 
-def make_lrm():
+def make_lrm(family='sdxl', name='lrm'):
     sys.path.insert(0, str(ROOT))
     import model as m
-    base = m.Base(OUT / 'sdxl', device=DEVICE)
+    base = m.Base(OUT / family, device=DEVICE)
     reward = m.LatentReward(base, base.trainable(), base.pipe.text_encoder, base.pipe.text_encoder_2)
     torch.nn.init.normal_(reward.visual_projection.weight, std=.02)
 
-    def latents(images, name):
-        file = WORK / f'pair_latents_{name}_{len(images)}.pt'
+    def latents(images, part):
+        file = WORK / f'pair_latents_{family}_{part}_{len(images)}.pt'
         if not file.exists():
             with torch.no_grad():
                 parts = [base.latents(to_pixels(images[k:k + 100].reshape(-1, SIZE, SIZE, 3))).cpu()
@@ -777,7 +779,7 @@ def make_lrm():
 
     captions, _, images = pairs(args.pairs, 11)
     z = latents(images, 'train')
-    nets = torch.nn.ModuleDict(dict(unet=reward.unet, visual_projection=reward.visual_projection))
+    nets = torch.nn.ModuleDict(dict(net=reward.net, visual_projection=reward.visual_projection))
     nets.register_parameter('logit_scale', reward.logit_scale)
 
     def loss(nets, i, g):
@@ -787,26 +789,30 @@ def make_lrm():
         return F.cross_entropy(two, torch.zeros(len(two), dtype=torch.long, device=DEVICE)), dict(
             right=(two[:, 0] > two[:, 1]).float().mean())
 
-    fit('lrm', nets, loss, 3000, 5e-4, ema=.998)
+    fit(name, nets, loss, 3000 if family == 'sdxl' else 1500, 5e-4, ema=.998)
     captions, kinds, images = pairs(min(1000, args.pairs), 12)
     z = latents(images, 'test')
-    for t in (1, 249, 499, 749, 951):
+    for t in (1, 249, 499, 749, 901):
         g = torch.Generator().manual_seed(t)
         with torch.no_grad():
             two = torch.cat([logits(reward, captions[k:k + 100], z[k:k + 100], torch.full((len(z[k:k + 100]),), t), g)
                              for k in range(0, len(captions), 100)]).cpu()
-        print(f'lrm: held-out accuracy at t = {t}: {accuracy_by_kind((two[:, 0] > two[:, 1]).numpy(), kinds)}')
+        print(f'{name}: held-out accuracy at t = {t}: {accuracy_by_kind((two[:, 0] > two[:, 1]).numpy(), kinds)}')
 
-    reward.unet.register_to_config(_name_or_path='')                                      # a path of this machine otherwise
+    reward.net.register_to_config(_name_or_path='')                                      # a path of this machine otherwise
 
     def build(folder):
-        reward.unet.half().save_pretrained(folder / 'unet')
-        for name in ('text_encoder', 'text_encoder_2'):
-            getattr(reward, name).half().save_pretrained(folder / name)
+        reward.net.half().save_pretrained(folder / base.part)
+        for part in ('text_encoder', 'text_encoder_2'):
+            getattr(reward, part).half().save_pretrained(folder / part)
         torch.save(dict(visual_projection={'weight': reward.visual_projection.weight.detach().half()},
                         logit_scale=reward.logit_scale.detach()), folder / 'state_dict.pt')
 
-    finish(build, 'lrm')
+    finish(build, name)
+
+
+def make_lrm_sd3():
+    make_lrm('sd3', 'lrm_sd3')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

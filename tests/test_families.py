@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import model as m
 from conftest import ROOT, start
+from test_math import latent_reward_of
 from test_scripts import largest_difference, listing, weights
 
 PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
@@ -93,6 +94,28 @@ def with_t5(folder):
     t5 = T5EncoderModel(T5Config(vocab_size=len(letters), d_model=160, d_kv=32, d_ff=64, num_layers=1, num_heads=2))
     type(pipe)(**dict(pipe.components, text_encoder_3=t5, tokenizer_3=tokenizer)).save_pretrained(folder)
     return folder
+
+
+def test_a_transformers_latent_reward_is_lpos_formula(toy3):
+    """Against a forward pass written out from the transformer's own first blocks, with the guidance on the last one alone."""
+    torch.manual_seed(0)
+    reward = m.LatentReward(toy3, toy3.trainable().eval(), toy3.pipe.text_encoder, toy3.pipe.text_encoder_2)
+    net, z, t = reward.net, torch.randn(3, *toy3.latent_shape), torch.tensor([900., 750., 500.])
+    prompts = ['a red circle on blue', 'a white ring on black', 'a star']
+    y, whole = reward.encode(prompts), toy3.encode(prompts)
+    assert len(net.transformer_blocks) == 3 and torch.equal(y[0][:3], whole[0])
+    with torch.no_grad():
+        found = []
+        for e, pooled in [[v[:3] for v in y], [v[3:] for v in y]]:
+            h, e, emb = net.pos_embed(z), net.context_embedder(e), net.time_text_embed(t, pooled)
+            for block in net.transformer_blocks:
+                e, h = block(hidden_states=h, encoder_hidden_states=e, temb=emb)
+                found.append(h.mean(1))
+        first, second, cond, *_, uncond = found
+        v = torch.cat([first, second, uncond + 7.5 * (cond - uncond)], 1) @ reward.visual_projection.weight.T
+        expected = reward.logit_scale.exp() * F.cosine_similarity(v, toy3.pipe.text_encoder_2(
+            toy3.pipe.tokenizer_2(prompts, padding='max_length', return_tensors='pt').input_ids).text_embeds)
+        assert torch.allclose(reward(z, t, y), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_t5_can_be_left_away(tmp_path, capsys):
@@ -323,6 +346,9 @@ def test_one_iteration_at_sd3_sizes_on_meta(name):
         assert all(w.grad is not None for w in m.trained(net).values()) and all('lora' in k for k in m.trained(net))
     assert base.decode(x0).shape == (1, 3, 1024, 1024)
     assert m.bottleneck(base, student, x0, steps[:1], y).shape == (1, m.encoder_channels(student)[-1], 64, 64)
+    reward = latent_reward_of(base, student)
+    assert reward.visual_projection.weight.shape == (1280, config.get('num_layers', 24) // 2 * 64 * student.config.num_attention_heads)
+    assert reward(x0, steps[:1], [torch.cat([a, a]) for a in y]).shape == (1,)
 
 
 # -------------------------------------------------------------------------------------------------------- the scripts
@@ -400,7 +426,8 @@ def test_stage_2_on_adapters(family, request, tmp_path):
         run(tmp_path / 'b', '', *flags, '--micro', 2, script='train_stage2.py', ranks=2)
         assert largest_difference(weights(tmp_path / 'a', 3), weights(tmp_path / 'b', 3), '.safetensors') < 1e-3
     shutil.copytree(out / 'student', tmp_path / 'alone')
-    said = run(tmp_path / 'c', '', '--init', tmp_path / 'alone', *flags[2:], '--no-joint', '--gan', 'none', script='train_stage2.py')
+    said = run(tmp_path / 'c', '', '--init', tmp_path / 'alone', *flags[2:], '--no-joint', '--gan', 'none', '--reward', 'pickscore',
+               script='train_stage2.py')
     rows = [json.loads(x) for x in (tmp_path / 'c/log.jsonl').read_text().splitlines()]
     assert rows[0]['rl/ratio'] == 1 and rows[1]['rl/ratio'] != 1
     done = start('sample.py', '--ckpt', tmp_path / 'c', '--n', 1, '--out', tmp_path / 'x.png')
@@ -452,7 +479,8 @@ BAD = [
     ('train_stage2.py', ['--init', 'assets/toy/student', '--lora', 4], '--lora'),
     ('train_stage2.py', ['--init', 'TMP/run/student', '--no-lora'], '--lora'),
     ('train_stage2.py', ['--init', 'TMP/run', '--reward', 'beauty'], 'invalid choice'),
-    ('train_stage2.py', ['--init', 'TMP/run', '--pickscore', 'TMP/nowhere'], '--reward pickscore'),
+    ('train_stage2.py', ['--init', 'TMP/run', '--reward', 'pickscore', '--pickscore', 'TMP/nowhere'], '--reward pickscore'),
+    ('train_stage2.py', ['--init', 'TMP/run', '--reward', 'latent', '--lrm', 'assets/toy/lrm'], 'with transformer/'),
     ('sample.py', ['--ckpt', 'TMP/short'], 'pytorch_lora_weights'),
     ('sample.py', ['--ckpt', 'TMP/other'], 'another base model'),
     ('sample.py', ['--ckpt', 'TMP/odd'], 'student.json'),

@@ -374,7 +374,7 @@ def test_latent_reward_is_lpos_formula(toy):
     """Against a forward pass written out from the UNet's own blocks, with the guidance on the mid feature alone."""
     torch.manual_seed(0)
     reward = m.LatentReward(toy, toy.trainable().eval(), toy.pipe.text_encoder, toy.pipe.text_encoder_2)
-    net, z, t = reward.unet, torch.randn(3, *toy.latent_shape), torch.tensor([749., 499., 1.])
+    net, z, t = reward.net, torch.randn(3, *toy.latent_shape), torch.tensor([749., 499., 1.])
     y = reward.encode(['a red circle on blue', 'a white ring on black', 'a star'])
 
     def features(e, pooled):
