@@ -2,6 +2,7 @@
 SD3 beside SDXL, and LoRA for both.    pytest tests/test_families.py
 """
 
+import argparse
 import copy
 import json
 import shutil
@@ -206,6 +207,82 @@ def test_adapters_do_not_leak(base):
     with torch.no_grad():
         assert torch.equal(out(reference), out(student))
     assert not {w.data_ptr() for w in m.trained(student).values()} & {w.data_ptr() for w in reference.parameters()}
+
+
+@pytest.mark.parametrize('gan', ['pixel', 'latent'])
+def test_an_iteration_is_algorithm_1(base, gan):
+    """The gradients that one iteration leaves on student, fake score and heads, three networks that differ, beside those of the
+    losses written out in one piece; and DMD2's, without the split. Random numbers are taken from the part in its order."""
+    p = argparse.ArgumentParser()
+    m.training_flags(p, '')
+    args = p.parse_args(f'--gan {gan} --gan_weight .3 --cfg 3 --batch 2 --micro 2 --student_lr 0 --fake_lr 0 --heads_lr 0 --sam '
+                        f'{ROOT / "assets/toy/sam.pth"} {"--split" if gan == "pixel" else "--no-split"}'.split())
+    notes, share, it = {}, .25, 3
+    d = m.Distillation(base, SimpleNamespace(args=args, world=1, cuda=False, mine=range(2), note=notes.__setitem__))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for net in (d.student, d.fake):
+            for w in net.parameters():
+                w += .05 * w.std(correction=0) * torch.randn_like(w)
+    d.distribute()
+    part, = d.parts(it, PROMPTS, normal(2, 3, base.size, base.size).clamp(-1, 1))
+    d.student_backward(part, it, True, share)
+    assert all(w.grad is None for net in (d.fake, d.heads, base.teacher, base.vae) for w in net.parameters())
+    grads = {'student': [w.grad for w in d.student.parameters()]}
+    d.critic_backward(part, it, share)
+    assert all(w.grad is g for w, g in zip(d.student.parameters(), grads['student']))
+    grads |= {name: [w.grad for w in net.parameters() if w.requires_grad] for name, net in d.nets.items() if name != 'student'}
+
+    flow, eps, y, at = base.schedule.kind == 'flow', part.eps, part.y, base.schedule.steps(4)
+    noised, clean = base.schedule.noised, base.schedule.x0
+    mse = lambda a, b: (a - b).square().mean()
+    G = lambda x, t: clean(base.predict(d.student, x, t, y), x, t)
+
+    def times(u, low, high):
+        v = (low + (high - low) * u) / 1000
+        return 3000 * v / (1 + 2 * v) if flow else (low + (high + 1 - low) * u).floor()
+    s, = [k for k in range(4) if f'dm/{int(at[k])}' in notes]
+    t = at.expand(2, 4).unbind(1)
+    with torch.no_grad():
+        x = eps[:, 0]
+        for k in range(s):
+            x = noised(G(x, t[k]), eps[:, k + 1], t[k + 1])
+    x0 = z = G(x, t[s])
+    with torch.no_grad():
+        tau = times(part.u[:, 0], 20, 980)
+        x = noised(x0, eps[:, 4], tau)
+        cond, uncond = base.predict(base.teacher, x, tau, y), base.predict(base.teacher, x, tau, [a.expand_as(b) for a, b in zip(
+            base.uncond, y)])
+        real, fake = clean(uncond + 3 * (cond - uncond), x, tau), clean(base.predict(d.fake, x, tau, y), x, tau)
+        push = (fake - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True)
+    if gan == 'pixel':
+        with torch.no_grad():
+            x = x0
+            for k in range(s + 1, 4):
+                x = G(noised(x, eps[:, k], t[k]), t[k])
+        z = G(noised(x, eps[:, 5], t[3]), t[3])                                                   # one step of four is at low noise
+    see = {'pixel': lambda x, e, t: d.heads(x), 'latent': lambda x, e, t: d.heads(m.bottleneck(base, d.fake, noised(x, e, t), t, y))}[gan]
+    made = base.decode(z) if gan == 'pixel' else z
+    logits = see(made, eps[:, 6], times(part.u[:, 1], 0, 999))
+    adv = -logits.mean() if gan == 'pixel' else -F.logsigmoid(logits).mean()
+    loss = {'student': (push * x0).mean() + .3 * adv}
+
+    pixels = part.pixels if gan == 'pixel' else base.latents(part.pixels)
+    t_d, t_f = times(part.u[:, 3], 0, 999), base.schedule.training(part.u[:, 2])
+    real, fake = see(pixels, eps[:, 8], t_d), see(made.detach(), eps[:, 6], t_d)
+    hinge = ((1 - real).clamp(min=0) + (1 + fake).clamp(min=0)).mean()
+    clean0 = x0.detach()
+    loss['fake'] = mse(base.predict(d.fake, noised(clean0, eps[:, 7], t_f), t_f, y), eps[:, 7] - clean0 if flow else eps[:, 7])
+    if gan == 'pixel':
+        loss['heads'] = hinge
+    else:                                                                   # the fake score is the critic, with a small weight
+        loss['fake'] = loss['heads'] = loss['fake'] - .01 * (F.logsigmoid(real) + F.logsigmoid(-fake)).mean()
+    for name, value in loss.items():
+        own = torch.autograd.grad(value, [w for w in d.nets[name].parameters() if w.requires_grad], retain_graph=True,
+                                  allow_unused=True)
+        a, b = (torch.cat([g.flatten() for g in gs if g is not None]) for gs in (grads[name], own))
+        assert [g is None for g in grads[name]] == [g is None for g in own]
+        assert a.norm() > 1e-4 and (a - share * b).norm() < 1e-3 * a.norm(), name
 
 
 def test_checkpointing_gives_the_same_gradients(base):
