@@ -6,7 +6,7 @@ Speed of training and of evaluation.
 
 memory    GB on one GPU at 1024 px and --micro 1, computed: parameters are counted, and the activations are those of the passes of
           one student update, run on meta tensors with gradient checkpointing
-work      TFLOP of an iteration at 1024 px, counted on meta tensors
+work      TFLOP of an iteration at 1024 px and of drawing a picture, counted on meta tensors
 train     seconds per iteration of train_stage1.py, started as a user would, beside the sum of the network passes that it cannot
           avoid, timed one by one in this process (goal: ratio <= 1.05), and the share of the device's peak, which is measured
 sample    seconds per picture of 4 steps by plain diffusers, by sample.py, and of the teacher's 50 steps with guidance
@@ -105,18 +105,19 @@ def random_pipeline(family, folder):
                                 'text': ['a picture of noise'] * 64}).to_parquet(folder / 'data.parquet')
 
 
-def seconds(f, repeat=5):
-    """Median time of f() after one call to warm up."""
-    times = []
+def seconds(fs, repeat=5):
+    """Median time of each f() after one call to warm up; in turns, so that a machine's slow minutes are slow for all."""
+    times = [[] for _ in fs]
     for _ in range(repeat + 1):
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        f()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeat // 2]
+        for f, own in zip(fs, times):
+            if cuda:
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            f()
+            if cuda:
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - began)
+    return [sorted(own[1:])[repeat // 2] for own in times]
 
 
 def flops(f):
@@ -130,7 +131,7 @@ def peak():
     """FLOP/s of this device in a product of two matrices of 8192 in bf16 (on a CPU 2048 in fp32), the most it can be asked for."""
     n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / seconds(lambda: a @ b, 20)
+    return 2 * n ** 3 / seconds([lambda: a @ b], 20)[0]
 
 
 def passes(base, student, disc, batch, encode):
@@ -196,26 +197,33 @@ def size_flags(args):
 
 
 def train(args):
-    """Prints the passes, their sum, the script's own seconds per iteration, and its share of the device's peak."""
+    """Prints the passes, their sum, the script's own seconds per iteration, and its share of the device's peak. The passes are
+    timed before and after the script, which is a mean's worth of a machine that is not always as fast."""
     torch.set_float32_matmul_precision('high')
     flags, run, rows = size_flags(args), args.work / 'run', []
-    for how in [[], ['--compile']] if args.compile else [[]]:
-        shutil.rmtree(run, ignore_errors=True)
-        subprocess.run([sys.executable, 'train_stage1.py', *sum(map(list, flags.items()), []), *how, '--iters', str(args.iters),
-                        '--log_every', '1', '--sample_every', '0', '--save_every', str(args.iters), '--out', str(run)],
-                       check=True, stdout=subprocess.DEVNULL)
-        rows.append([json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()][5:])
     batch, lora = int(flags.get('--batch', 16)), args.family == 'sd3' and cuda
     base = m.Base(flags['--model'], device=device, dtype=torch.bfloat16 if cuda else torch.float32)
     student = base.trainable(m.lora_config(base.teacher, 64, 128., 'attention') if lora else None)
     disc = m.PixelDiscriminator(*m.load_sam_encoder(flags['--sam']), base.size, cuda).to(device)
     if cuda:
         student.enable_gradient_checkpointing(), base.vae.enable_gradient_checkpointing()
-    parts = [(name, count, seconds(f), flops(f)) for name, count, f in passes(
-        base, student, disc, batch, lambda: base.encode(['a red circle on blue'] * batch)) + optimisers(student, disc)]
-    total, work, most = sum(n * s for _, n, s, _ in parts), sum(n * c for _, n, _, c in parts), peak()
-    for name, count, each, ops in parts:
-        print(f'{count} x {name:36s} {1e3 * each:8.1f} ms {count * each / total:6.1%} {ops / 1e12:8.3f} TFLOP {ops / each / most:6.1%} of peak')
+    names, counts, parts = zip(*passes(base, student, disc, batch, lambda: base.encode(['a red circle on blue'] * batch))
+                               + optimisers(student, disc))
+    before = seconds(parts)
+    for net in (student, disc, base.teacher, base.vae):
+        net.to('cpu')                                                              # the script has the card for itself
+    for how in [[], ['--compile']] if args.compile else [[]]:
+        shutil.rmtree(run, ignore_errors=True)
+        subprocess.run([sys.executable, 'train_stage1.py', *sum(map(list, flags.items()), []), *how, '--iters', str(args.iters),
+                        '--log_every', '1', '--sample_every', '0', '--save_every', str(args.iters), '--out', str(run)],
+                       check=True, stdout=subprocess.DEVNULL)
+        rows.append([json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()][5:])
+    for net in (student, disc, base.teacher, base.vae):
+        net.to(device)
+    times, ops, most = [(a + b) / 2 for a, b in zip(before, seconds(parts))], [*map(flops, parts)], peak()
+    total, work = (sum(n * x for n, x in zip(counts, found)) for found in (times, ops))
+    for name, count, each, op in zip(names, counts, times, ops):
+        print(f'{count} x {name:36s} {1e3 * each:8.1f} ms {count * each / total:6.1%} {op / 1e12:8.3f} TFLOP {op / each / most:6.1%} of peak')
     for how, part in zip(('', ' --compile'), rows):
         whole = sum(r['seconds'] for r in part) / len(part)
         print(f'{torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"}, batch {batch}{how}: '
@@ -252,6 +260,12 @@ def work(args):
         total = sum(n * c for _, n, c in found) / 1e12
         print(f'{family}: {total:.1f} TFLOP for one sample of an iteration, without recomputation for checkpointing; at 790 TFLOP/s '
               f'{total / 790:.3f} s', flush=True)
+        once, many = found[1][2], {'sdxl': 50, 'sd3': 28}[family]
+        with torch.no_grad():
+            ends = flops(lambda: (encode(), base.decode(torch.empty(1, *base.latent_shape, device='meta'))))
+        few, whole = (4 * once + ends) / 1e12, (2 * many * once + ends) / 1e12
+        print(f'{family}: {few:.1f} TFLOP for a picture of 4 steps, {whole:.1f} for {many} steps with guidance, {whole / few:.1f} times as '
+              'many', flush=True)
 
 
 def sample(args):
@@ -261,19 +275,26 @@ def sample(args):
     teacher, prompts = pipe.scheduler, ['a red circle on blue'] * batch
     flow = dict(sigmas=[1, .75, .5, .25]) if m.Schedule(teacher).kind == 'flow' else {}
 
+    few = m.few_step_scheduler(teacher, 4)
+
+    def plain():
+        pipe.scheduler = few
+        pipe(prompts, num_inference_steps=4, guidance_scale=0., output_type='pt', **flow, **m.text_length(pipe)).images.float().cpu()
+
     def ours():
+        pipe.scheduler = few
         m.generate(pipe, prompts, range(batch), 0, 4, 0.)
-    times = {'teacher, 50 steps with guidance': seconds(lambda: m.generate(pipe, prompts, range(batch), 0, 50, 5.), 3)}
-    pipe.scheduler = m.few_step_scheduler(teacher, 4)
-    times['student, 4 steps, plain diffusers'] = seconds(lambda: pipe(
-        prompts, num_inference_steps=4, guidance_scale=0., output_type='pt', **flow, **m.text_length(pipe)).images.float().cpu())
-    times['student, 4 steps, sample.py'] = seconds(ours)
+
+    def many():
+        pipe.scheduler = teacher
+        m.generate(pipe, prompts, range(batch), 0, 50, 5.)
+    times = dict(zip(('teacher, 50 steps with guidance', 'student, 4 steps, plain diffusers', 'student, 4 steps, sample.py'),
+                     seconds([many, plain, ours], 9)))
     if args.compile:
         m.compile_pipeline(pipe)
-        times['student, 4 steps, sample.py --compile'] = seconds(ours)
-    plain = times['student, 4 steps, plain diffusers']
+        times['student, 4 steps, sample.py --compile'], = seconds([ours], 9)
     for name, each in times.items():
-        print(f'{name:40s} {each / batch:8.4f} s per picture, {each / plain:6.2f} x plain')
+        print(f'{name:40s} {each / batch:8.4f} s per picture, {each / times["student, 4 steps, plain diffusers"]:6.2f} x plain')
 
 
 class Live(torch.utils._python_dispatch.TorchDispatchMode):
