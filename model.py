@@ -424,10 +424,15 @@ def load_trained(net, tensors):
         w.copy_(tensors[k])
 
 
-def twin(net):
-    """A copy of net that shares its frozen parameters and its buffers."""
+def twin(net, dtype=None):
+    """A copy of net that shares its frozen parameters and its buffers. dtype, where the copy is not to be trained: that of its own
+    linear layers and convolutions. Autocast to dtype would cast them at every use, so it changes no bit of what they compute."""
     shared = [w for w in net.parameters() if not w.requires_grad] + list(net.buffers())
-    return copy.deepcopy(net, {id(w): w for w in shared})
+    other = copy.deepcopy(net, {id(w): w for w in shared})
+    for part in other.modules() if dtype else ():
+        if isinstance(part, (nn.Linear, nn.Conv2d)) and all(w.requires_grad for w in part.parameters()):
+            part.to(dtype)
+    return other
 
 
 ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out']

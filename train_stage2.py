@@ -142,7 +142,7 @@ for name in d.nets:
     got = [what for what, file in [('weights', name), ('optimiser', f'{name}.opt')] if file in inherited]
     run.print(f'  {name}: {" and ".join(got) or "not there: new, " + ("the teacher" if name == "fake" else "random")}')
 run.print('  settings: ' + (' '.join(f'--{k} {v}' for k, v in handed.items()) or "the recipe's"))
-reference = m.twin(student).requires_grad_(False)                         # p_ref; fp32, so that the first ratios are exactly 1
+reference = m.twin(student, base.teacher.dtype).requires_grad_(False)                                                   # p_ref
 if args.reward == 'latent':
     lrm = m.load_latent_reward(args.lrm, base)
 
@@ -158,9 +158,13 @@ else:
 
     def reward(z, t, prompts):
         """A reward of pictures for noisy latents z (B, C, h, w) at times t (B,): of the student's x0 there, decoded. (B,)."""
-        with base.autocast():
-            x = d.decode(base.x0(d.fast['student'], z, t, base.encode(prompts)))
-        return judge_of_pictures.score((x.float() / 2 + .5).clamp(0, 1), prompts)
+        y, out = base.encode(prompts), []
+        for k in range(0, len(z), args.micro):                 # decoding all candidates at 1024 px at once takes GB
+            part = slice(k, k + args.micro)
+            with base.autocast():
+                x = d.decode(base.x0(d.fast['student'], z[part], t[part], [v[part] for v in y]))
+            out.append(judge_of_pictures.score((x.float() / 2 + .5).clamp(0, 1), prompts[part]))
+        return torch.cat(out)
 
 start = m.load_state(run.out, d.nets, d.opts, vars(args))
 d.distribute()
@@ -208,7 +212,7 @@ LINE = {'dm/': 'dm', 'fake': 'fake', 'gan/g': 'g', 'gan/d': 'd', 'rl/loss': 'rl'
 judges = {}
 for name, network in [('judge', R.Clip), ('pickscore', R.PickScore)] if args.eval_every else ():
     try:
-        judges[name] = network(vars(args)[name], run.device)
+        judges[name] = judge_of_pictures if name == args.reward else network(vars(args)[name], run.device)
     except R.Unavailable as error:
         run.print(f'--{name}: {error}; its columns are left out')
 if 'judge' in judges and run.master:
@@ -220,10 +224,21 @@ if 'judge' in judges and run.master:
     hard = [x.split('\t') for x in m.read_prompts(hard)] if hard.exists() else [[]] * len(watched)
 
 
+def judges_to(device):
+    """The evaluations' networks wait in main memory while the run trains, but for one that is the reward."""
+    for name, judge in judges.items():
+        if name != args.reward:
+            judge.clip.to(device)
+
+
+judges_to('cpu')
+
+
 @torch.no_grad()
 def evaluate(it):
     """The latent reward, which is trained on, and what is not, on the student's pictures of `watched`: one JSON line in
     eval.jsonl. Every rank draws its share."""
+    judges_to(run.device)
     found, mine, t = {}, list(range(run.rank, len(watched), run.world)), steps[-1]
     for k in range(0, len(mine), args.micro):
         part, texts = mine[k:k + args.micro], [watched[i] for i in mine[k:k + args.micro]]
@@ -247,6 +262,7 @@ def evaluate(it):
         run.print(f'{it:5d}/{args.iters}  evaluation  ' + '  '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'iteration'))
         with (run.out / 'eval.jsonl').open('a') as file:
             file.write(json.dumps(row) + '\n')
+    judges_to('cpu')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -350,11 +350,12 @@ def meta_base(family):
     return base, parts
 
 
-def activations(family, lora, crop):
-    """GB at the peak of one student update beyond the weights: the passes of Distillation.student_backward, on the meta device."""
+def activations(family, lora, crop, n):
+    """GB at the peak of one student update of n samples beyond the weights: the passes of Distillation.student_backward, on the meta device."""
     from segment_anything import build_sam_vit_b
     base, _ = meta_base(family)
-    x, t, y = torch.empty(1, *base.latent_shape, dtype=torch.bfloat16, device='meta'), torch.full((1,), 500., device='meta'), base.uncond
+    x, t = torch.empty(n, *base.latent_shape, dtype=torch.bfloat16, device='meta'), torch.full((n,), 500., device='meta')
+    y = [v.repeat_interleave(n, 0) for v in base.uncond]
     with torch.device('meta'):
         disc = m.PixelDiscriminator(*m.build_sam_encoder(build_sam_vit_b().state_dict()), 1024, checkpointing=True)
         student = base.teacher
@@ -377,13 +378,37 @@ def activations(family, lora, crop):
     return live.most / 1e9
 
 
+def stage_2():
+    """Prints what stage 2 holds beyond stage 1, in GB: the reference of all weights, rewards, the judges of its evaluations."""
+    from transformers import CLIPConfig, CLIPModel
+    count = lambda *nets: sum(w.numel() for net in nets for w in net.parameters())
+    with torch.device('meta'):
+        parts = networks('sdxl')
+        reference = count(parts['unet'])
+        for unread in m.LatentReward.UNREAD['unet']:
+            setattr(parts['unet'], unread, None)
+        lrm = count(parts['unet'], parts['text_encoder'], parts['text_encoder_2'])
+        h, l = (CLIPModel(CLIPConfig(
+            projection_dim=words, text_config=dict(hidden_size=words, intermediate_size=4 * words, num_hidden_layers=layers,
+                                                   num_attention_heads=words // 64),
+            vision_config=dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=deep, num_attention_heads=16,
+                               patch_size=14))) for words, layers, width, deep in ((1024, 24, 1280, 32), (768, 12, 1024, 24)))
+    base, _ = meta_base('sd3')
+    with Live([*base.vae.parameters()]) as live, torch.no_grad():
+        base.decode(torch.empty(1, *base.latent_shape, device='meta'))                     # fp32: autocast makes it less
+    print(f'\nstage 2: bf16 reference of SDXL {2 * reference / 1e9:.1f}, bf16 latent reward {2 * lrm / 1e9:.1f}, PickScore '
+          f'{4 * count(h) / 1e9:.1f}, CLIP-L of the evaluations {4 * count(l) / 1e9:.1f}, decoding a candidate {live.most / 1e9:.1f}')
+
+
 def memory(args):
     """Prints the README's table of GB per GPU."""
     from segment_anything import build_sam_vit_b
     m.quiet()
     count = lambda net: sum(w.numel() for w in net.parameters())
     print('| | GPUs | frozen networks | student, fake score, optimisers | activations | GB | with `--gan_crop 512` |\n' + '|---' * 7 + '|')
-    for label, family, lora, worlds in [('SDXL, all weights', 'sdxl', 0, (1, 2, 4, 8)), ('SDXL, `--lora 64`', 'sdxl', 64, (1,)),
+    for label, family, lora, worlds in [('SDXL, all weights', 'sdxl', 0, (1, 2, 4, 8)),
+                                        ('SDXL, all weights, `--micro 2`', 'sdxl', 0, (8,)),
+                                        ('SDXL, `--lora 64`', 'sdxl', 64, (1,)),
                                         ('SD3-Medium, `--lora 64`', 'sd3', 64, (1,)),
                                         ('SD3-Medium, `--lora 64 --no-t5`', 'sd3', 64, (1,)),
                                         ('SD3-Medium, `--lora 64 --offload`', 'sd3', 64, (1,))]:
@@ -398,12 +423,13 @@ def memory(args):
         own = sum(w.numel() for w in m.trained(net).values())
         # bf16 teacher and text encoders, fp32 VAE and SAM; of a full fine-tune also autocast's bf16 copy of the student
         frozen = 2 * n + 2 * texts * ('offload' not in label) + 4 * count(parts['vae']) + 4 * count(heads) + (0 if lora else 2 * n)
-        whole, quarter = (activations(family, lora, crop) for crop in (1024, 512))
+        whole, quarter = (activations(family, lora, crop, 1 + ('micro 2' in label)) for crop in (1024, 512))
         for world in worlds:
             trained = 2 * own * (8 + 8 / world) + 12 * sum(w.numel() for w in heads.heads.parameters())
             total = (frozen + trained) / 1e9
             print(f'| {label} | {world} | {frozen / 1e9:.1f} | {trained / 1e9:.1f} | {whole:.1f} | {total + whole:.1f} | '
                   f'{total + quarter:.1f} |', flush=True)
+    stage_2()
 
 
 def evaluate(args):

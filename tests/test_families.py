@@ -367,6 +367,22 @@ def test_half_precision_base_under_full_precision_adapters(base):
     assert {w.dtype for w in net.parameters() if not w.requires_grad} == {torch.bfloat16}
 
 
+def test_a_reference_in_half_precision_is_the_student(base):
+    """Bit for bit, under the autocast that CUDA has: so the first ratios of stage 2 are 1 at half the memory."""
+    half = m.Base(base.name, dtype=torch.bfloat16)
+    half.autocast = lambda: torch.autocast('cpu', torch.bfloat16)
+    x, t, y = normal(2, *half.latent_shape), half.schedule.steps(4)[1].expand(2), half.encode(PROMPTS)
+    for net in (half.trainable(), half.trainable(m.lora_config(half.teacher, 4, 8., 'attention'))):
+        torch.manual_seed(0)
+        for w in m.trained(net).values():
+            w.data += .05 * torch.randn_like(w)
+        before, reference = {k: w.clone() for k, w in m.trained(net).items()}, m.twin(net, torch.bfloat16).requires_grad_(False)
+        with torch.no_grad():
+            assert torch.equal(half.predict(reference, x, t, y), half.predict(net, x, t, y))
+        assert all(w.dtype == torch.float32 and torch.equal(w, before[k]) for k, w in m.trained(net).items())
+        assert torch.bfloat16 in {dict(reference.named_parameters())[k].dtype for k in before}
+
+
 def test_v_prediction_is_distilled_as_well(tmp_path):
     """An SDXL pipeline whose scheduler says v_prediction: x0 and target are v's, and the exported scheduler says so too."""
     folder = tmp_path / 'v'
