@@ -56,7 +56,7 @@ RECIPES = {
 # 51.2 %, CMMD .116 before): high steps only .6362 / 48.8 / .172 (and without distillation PickScore fell from the start);
 # all steps, beta 500 with rl_lr 1e-4, 2e-4: .6425 / 51.6 / .109, .6421 / 51.2 / .124; beta 100 (these): .6457 / 54.3 / .104
 # with --reward latent --lrm assets/toy/lrm_sd3: .6331 / 46.1 / .231; and rl_lr 2e-5: .6376 / 50.8 / .161; or rl_ratio 1:
-# .6435 / 52.0 / .157
+# .6435 / 52.0 / .157 (and with seed 1 .6356 / 52.7 / .154 from .6372 / 55.5 / .125)
 RECIPES['sd3'] = RECIPES['sdxl'] | dict(reward='pickscore', lrm='', cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5,
                                         rl_lr=1e-5, rl_steps='all', beta=100.)
 RECIPES['toy-sd3'] = RECIPES['toy'] | dict(
