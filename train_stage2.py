@@ -142,7 +142,7 @@ for name in d.nets:
     got = [what for what, file in [('weights', name), ('optimiser', f'{name}.opt')] if file in inherited]
     run.print(f'  {name}: {" and ".join(got) or "not there: new, " + ("the teacher" if name == "fake" else "random")}')
 run.print('  settings: ' + (' '.join(f'--{k} {v}' for k, v in handed.items()) or "the recipe's"))
-reference = m.twin(student, base.teacher.dtype).requires_grad_(False)                                                   # p_ref
+reference = m.twin(student, base.teacher.dtype).requires_grad_(False)       # p_ref, to the bit, so the first ratios are exactly 1
 if args.reward == 'latent':
     lrm = m.load_latent_reward(args.lrm, base)
 
@@ -159,7 +159,7 @@ else:
     def reward(z, t, prompts):
         """A reward of pictures for noisy latents z (B, C, h, w) at times t (B,): of the student's x0 there, decoded. (B,)."""
         y, out = base.encode(prompts), []
-        for k in range(0, len(z), args.micro):                 # decoding all candidates at 1024 px at once takes GB
+        for k in range(0, len(z), args.micro):                    # each takes 3.2 GB at 1024 px: bench.py --only memory
             part = slice(k, k + args.micro)
             with base.autocast():
                 x = d.decode(base.x0(d.fast['student'], z[part], t[part], [v[part] for v in y]))

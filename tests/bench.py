@@ -120,6 +120,10 @@ def seconds(fs, repeat=5):
     return [sorted(own[1:])[repeat // 2] for own in times]
 
 
+def count(*nets):
+    return sum(w.numel() for net in nets for w in net.parameters())
+
+
 def flops(f):
     """Floating-point operations of f(), as torch's FlopCounterMode counts them: matrix products, convolutions, attention."""
     with FlopCounterMode(display=False) as counter:
@@ -381,7 +385,6 @@ def activations(family, lora, crop, n):
 def stage_2():
     """Prints what stage 2 holds beyond stage 1, in GB: the reference of all weights, rewards, the judges of its evaluations."""
     from transformers import CLIPConfig, CLIPModel
-    count = lambda *nets: sum(w.numel() for net in nets for w in net.parameters())
     with torch.device('meta'):
         parts = networks('sdxl')
         reference = count(parts['unet'])
@@ -404,7 +407,6 @@ def memory(args):
     """Prints the README's table of GB per GPU."""
     from segment_anything import build_sam_vit_b
     m.quiet()
-    count = lambda net: sum(w.numel() for w in net.parameters())
     print('| | GPUs | frozen networks | student, fake score, optimisers | activations | GB | with `--gan_crop 512` |\n' + '|---' * 7 + '|')
     for label, family, lora, worlds in [('SDXL, all weights', 'sdxl', 0, (1, 2, 4, 8)),
                                         ('SDXL, all weights, `--micro 2`', 'sdxl', 0, (8,)),

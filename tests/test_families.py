@@ -260,8 +260,8 @@ def test_an_iteration_is_algorithm_1(base, gan):
             x = x0
             for k in range(s + 1, 4):
                 x = G(noised(x, eps[:, k], t[k]), t[k])
-        z = G(noised(x, eps[:, 5], t[3]), t[3])                                                   # one step of four is at low noise
-    see = {'pixel': lambda x, e, t: d.heads(x), 'latent': lambda x, e, t: d.heads(m.bottleneck(base, d.fake, noised(x, e, t), t, y))}[gan]
+        z = G(noised(x, eps[:, 5], t[3]), t[3])                                           # one step of four is at low noise
+    see = lambda x, e, t: d.heads(x if gan == 'pixel' else m.bottleneck(base, d.fake, noised(x, e, t), t, y))
     made = base.decode(z) if gan == 'pixel' else z
     logits = see(made, eps[:, 6], times(part.u[:, 1], 0, 999))
     adv = -logits.mean() if gan == 'pixel' else -F.logsigmoid(logits).mean()
