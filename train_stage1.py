@@ -1,137 +1,411 @@
 """
-Flash-DMD, stage 1: a many-step teacher becomes a few-step student. Per iteration (arXiv 2511.20549, algorithm 1):
+Flash-DMD, stage 1 (arXiv 2511.20549, algorithm 1): a many-step teacher becomes a few-step student
+G. In one iteration:
 
-    high noise   x0 = G(x_s), s by backward simulation       DM loss, eq. 4: teacher's score against the fake score
-    low noise    x0 = G(x_249), decoded to pixels            pixel GAN, eq. 8-9: heads on a frozen SAM encoder
-    always       fake score: diffusion loss on G's samples, eq. 6, and pulled towards G after its update, eq. 11
-                 discriminator heads: hinge on real against generated pictures
+    1. high noise      x0 = G(x_s, s) at a step s with SNR < 1, x_s reached as at inference
+    2. low noise       z = G(x_l, l) at a step l with SNR >= 1, decoded to pixels
+    3. student         L = L_DM + gan_weight L_adv: at x0 the teacher's score against the fake
+                       score, eq. 4; at z the discriminator D, heads on a frozen SAM encoder, eq. 9
+    4. fake score      diffusion loss on x0, eq. 6, so that it follows the student; before that it
+                       is pulled towards the student's weights, eq. 11
+    5. discriminator   hinge on real against generated pictures, eq. 8
 
-    python train_stage1.py                                  # CUDA: SDXL; else: the toy, 5 minutes on a laptop
-    torchrun --nproc_per_node=8 train_stage1.py             # 8 GPUs, the same result
-    python train_stage1.py --recipe sd3                     # SD3-Medium, LoRA
-    python train_stage1.py --gan latent --no-split --ttur 5 --couple 1 --out out/dmd2      # DMD2, for comparison
+    python train_stage1.py                              # CUDA: SDXL; else the toy, in 4 minutes
+    torchrun --nproc_per_node=8 train_stage1.py         # 8 GPUs, the same result
+    python train_stage1.py --recipe sd3                 # SD3-Medium, LoRA
+    python train_stage1.py --recipe toy-dmd2 --out out/dmd2                # DMD2, for comparison
 
-Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers pipeline, or
-adapters), log.jsonl, samples-*.png, curves.png.
+Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers
+pipeline, or adapters), log.jsonl, samples-*.png, curves.png.
 """
 
+import argparse
+import faulthandler
+import signal
+import time
+from types import SimpleNamespace
+
 import torch
+import torch.nn.functional as F
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import model as m
 
-# ---------------------------------------------------------------------------------------------------------------------
-# settings: a recipe is a column of defaults, and every flag overrides its entry. SDXL's learning rates, GAN weight and
-# guidance are not in the paper and nobody has tuned them here: DMD2's and SenseFlow's neighbourhood
+# --------------------------------------------------------------------------------------------------
+# settings: a recipe is a table of defaults, and every flag overrides its entry. The learning rates,
+# GAN weight and data of SDXL and SD3 are not in the paper. What was tried: assets/results.md
 
+T2I_2M = dict(
+    data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
+    text_column='json.prompt', prompts='assets/prompts.txt', sam='vit_b')
+SHAPES = dict(
+    data='assets/toy/data', data_files='train.parquet', image_column='image', text_column='text',
+    prompts='assets/toy/data/prompts.txt', sam='assets/toy/sam.pth')
+TOY = SHAPES | dict(
+    batch=16, micro=16, iters=300, warmup=30, cooldown=100, cfg=3., gan_weight=.1, heads_lr=2e-4,
+    save_every=100, sample_every=100, log_every=10)
 RECIPES = {
-    'sdxl': dict(
-        model='stabilityai/stable-diffusion-xl-base-1.0', sam='vit_b', data='jackyhate/text-to-image-2M',
-        data_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', prompts='assets/prompts.txt',
-        batch=64, micro=1, iters=1000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50, cooldown=0, cfg=8.,
-        gan_weight=1e-2, checkpointing=True, save_every=250, sample_every=250, log_every=1),
-    # rank, learning rates, alpha: RTDMD's and DMDR's neighbourhood; batch, iterations, ttur, guidance: the paper's
-    'sd3': dict(
-        model='stabilityai/stable-diffusion-3-medium-diffusers', sam='vit_b', data='jackyhate/text-to-image-2M',
-        data_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', prompts='assets/prompts.txt',
-        lora=64, ttur=2, batch=32, micro=1, iters=4000, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4, warmup=50, cooldown=0,
-        cfg=7., gan_weight=1e-2, checkpointing=True, save_every=250, sample_every=250, log_every=1),
-    # tuned on seed 0 by `python evaluate.py`, R-precision / CMMD; the teacher has 87.5 % / .096, its weights as a student
-    # untrained 63.7 % / .194. Student and fake lr 1e-4, 4e-4, CFG 3, 300 iterations with cool-down (these): 83.6 / .087;
-    # 250 without: 83.6 / .084. 5e-5, 2e-4, no cool-down: 82.8 / .086 with CFG 4 and 81.2 / .069 with CFG 2.5 at 250,
-    # 78.5 / .082 with CFG 3 at 400, it had begun to drift. No GAN, 1e-4, 3e-4, 250: 76.6 / .117. Real pictures sent
-    # through the VAE, so that the heads cannot go by its blur (real_view as decode(latents(pixels)), not kept):
-    # 80.9 / .094 against 82.8 / .086. gan_weight .1 makes |dGAN| .5 to 1 of |dDM|, .01 made it .04
-    'toy': dict(
-        model='assets/toy/sdxl', sam='assets/toy/sam.pth', data='assets/toy/data', data_files='train.parquet',
-        image_column='image', text_column='text', prompts='assets/toy/data/prompts.txt',
-        batch=16, micro=16, iters=300, student_lr=1e-4, fake_lr=4e-4, heads_lr=2e-4, warmup=30, cooldown=100, cfg=3.,
-        gan_weight=.1, checkpointing=False, save_every=100, sample_every=100, log_every=10),
-    # a first try on seed 0: 55.9 % / .138, its teacher 64.8 / .091. No better: student lr 5e-4, 400 iterations, cool-down 150:
-    # 55.1 / .142; all weights (--no-lora) with lr 1e-4, 4e-4: 53.9 / .135
-    'toy-sd3': dict(
-        model='assets/toy/sd3', sam='assets/toy/sam.pth', data='assets/toy/data', data_files='train.parquet',
-        image_column='image', text_column='text', prompts='assets/toy/data/prompts.txt',
-        lora=32, batch=16, micro=16, iters=300, student_lr=1e-3, fake_lr=2e-3, heads_lr=2e-4, warmup=30, cooldown=100, cfg=3.,
-        gan_weight=.1, checkpointing=False, save_every=100, sample_every=100, log_every=10),
-}
-
-# adapters learn at other rates than whole networks; SDXL's are those of DMD2's LoRA run, untried
-LORA_RATES = {'sdxl': dict(student_lr=5e-5, fake_lr=5e-5), 'toy': dict(student_lr=1e-3, fake_lr=2e-3)}
+    'sdxl': T2I_2M | dict(
+        model='stabilityai/stable-diffusion-xl-base-1.0', batch=64, micro=1, iters=1000, cfg=8.,
+        gan_weight=1e-2, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50,
+        checkpointing=True),
+    'sd3': T2I_2M | dict(
+        model='stabilityai/stable-diffusion-3-medium-diffusers', lora=64, batch=32, micro=1,
+        iters=4000, ttur=2, cfg=7., gan_weight=1e-2, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4,
+        warmup=50, checkpointing=True),
+    'toy': TOY | dict(model='assets/toy/sdxl', student_lr=1e-4, fake_lr=4e-4),
+    'toy-sd3': TOY | dict(model='assets/toy/sd3', lora=32, student_lr=1e-3, fake_lr=2e-3)}
+# DMD2's losses and weights, on a head, learning rate and clip of ours
+DMD2 = dict(gan='latent', gan_weight=5e-3, split=False, ttur=5, couple=1.)
+RECIPES |= {'sdxl-dmd2': RECIPES['sdxl'] | DMD2, 'toy-dmd2': RECIPES['toy'] | DMD2}
+# adapters learn at other rates than whole networks
+LORA_RATES = dict(
+    sdxl=dict(student_lr=5e-5, fake_lr=5e-5), toy=dict(student_lr=1e-3, fake_lr=2e-3))
 
 p = m.parser(__doc__)
-p.add_argument('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy', help='table of defaults')
-p.add_argument('--out', default='out/stage1', help='folder of the run; holds its state, so the same command resumes')
-m.training_flags(p, model_help='teacher: an SDXL or SD3 pipeline, folder or hub id')
-first, _ = p.parse_known_args()
-p.set_defaults(**RECIPES[first.recipe])
-if first.gan == 'latent':
-    p.set_defaults(gan_weight=5e-3)                                                              # DMD2's
-if first.lora and not RECIPES[first.recipe].get('lora'):
-    p.set_defaults(**LORA_RATES[first.recipe])
+flag = p.add_argument
+flag('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy',
+     help='table of defaults')
+flag('--out', default='out/stage1',
+     help='folder of the run; it holds the state, so the same command resumes')
+
+# -- flags of the distillation ---------------------------------------------------------------------
+yes_no = argparse.BooleanOptionalAction
+flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
+flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
+flag('--offload', action=yes_no, default=False,
+     help='text encoders wait in main memory between iterations')
+flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
+flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
+flag('--data_files', help='which files of --data, a pattern; empty: all')
+flag('--image_column', help='column of the pictures')
+flag('--text_column', help='column of the captions; a dot reaches into a nested one')
+flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
+flag('--workers', type=int, default=2, help='data decoding processes per rank; 0: the main process')
+flag('--steps', type=int, default=4, help="the student's sampling steps")
+flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
+flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
+     help="pixel: SAM on decoded pictures; latent: DMD2's, on the fake score's bottleneck")
+flag('--gan_weight', type=float, help="weight of the student's adversarial loss")
+flag('--gan_crop', type=int, default=0,
+     help='pixels a side of the random crop that is decoded for the GAN; 0: all')
+flag('--split', action=yes_no, default=True,
+     help='DM loss at high noise and GAN at low noise only; no: both at every step')
+flag('--ttur', type=int, default=1,
+     help='iterations of fake score and discriminator per student update')
+flag('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) student; 1: off')
+flag('--lora', type=int, default=0,
+     help='train adapters of this rank on the frozen teacher; 0: all weights')
+flag('--lora_alpha', type=float, default=0.,
+     help='adapters are scaled by this / rank; 0: twice the rank')
+flag('--lora_targets', default='attention',
+     help="ends of modules' names that get an adapter, with commas; attention: its projections")
+flag('--iters', type=int, help='iterations')
+flag('--batch', type=int, help='prompts per iteration, over all ranks')
+flag('--micro', type=int, help='prompts per forward on one rank; gradients accumulate')
+flag('--student_lr', type=float, help='AdamW learning rate of the student')
+flag('--fake_lr', type=float, help='AdamW learning rate of the fake score')
+flag('--heads_lr', type=float, help='AdamW learning rate of the discriminator heads')
+flag('--warmup', type=int, default=0, help='iterations of linear learning-rate warm-up')
+flag('--cooldown', type=int, default=0,
+     help='last iterations, over which the learning rates fall linearly to 0')
+flag('--checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
+flag('--compile', action=yes_no, default=False,
+     help='torch.compile for all networks but the text encoders')
+flag('--seed', type=int, default=0, help='seed of the run')
+flag('--save_every', type=int, default=250, help='iterations between saves')
+flag('--save_dtype', choices=['float16', 'bfloat16', 'float32'], default='float16',
+     help="of student/'s weights")
+flag('--sample_every', type=int, default=250, help='iterations between sample grids; 0: none')
+flag('--log_every', type=int, default=1, help='iterations between log lines')
+flag('--timeout', type=float, default=30.,
+     help='minutes without an iteration after which a hung rank ends')
+flag('--disk_full', choices=['stop', 'skip'], default='stop',
+     help='where a save finds no room: stop, or train on to the next save')
+flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
+# --------------------------------------------------------------------------------------------------
+
+recipe = p.parse_known_args()[0].recipe
+p.set_defaults(**RECIPES[recipe])
+chosen = p.parse_known_args()[0]
+# defaults that belong to what was chosen instead of the recipe's; like all they are printed below
+if chosen.gan == 'latent':
+    p.set_defaults(gan_weight=DMD2['gan_weight'])
+if chosen.lora and not RECIPES[recipe].get('lora'):
+    p.set_defaults(**LORA_RATES[recipe.split('-')[0]])
 args = p.parse_args()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ranks and device, teacher, student, fake score, discriminator
+# -- ranks, device, folder -------------------------------------------------------------------------
+m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
+           sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
+           timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
+rank, world, device = m.launch(args.timeout + 5)
+if args.batch % (world * args.micro):
+    m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
+          'one of them')
+mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
+n = len(mine) // args.micro                                                 # its micro-batches
+out = m.writable_folder(args.out, '--out')
+state = m.find_state(out, args)
+start = m.iteration_of(state)
+began = time.time()
+told = []                                                                   # to stop
+signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 
-run = m.Run(args)
-base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5,
-              offload=args.offload)
-d = m.Distillation(base, run)
-steps, student, fake = d.steps, d.student, d.fake
-start = m.load_state(run.out, d.nets, d.opts, vars(args))
-d.distribute()
+# -- networks --------------------------------------------------------------------------------------
+# base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
+bf16 = torch.bfloat16 if device.type == 'cuda' else torch.float32
+base = m.load_base(args.model, device, bf16, args.t5, args.offload)
+schedule = base.schedule
+lora = None
+if args.lora:
+    alpha = args.lora_alpha or 2. * args.lora
+    lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
+torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
+nets = dict(student=base.trainable(lora), fake=base.trainable(lora))
+# adapters begin at random, but at one place: the coupling mixes them
+m.load_trained(nets['fake'], m.trained(nets['student']))
+gan = args.gan != 'none'
+if args.gan == 'pixel':
+    sam = m.load_sam_encoder(args.sam)
+    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing).to(device)
+elif args.gan == 'latent':
+    nets['heads'] = m.Head(base.channels(base.teacher)[-1]).to(device)
+if args.checkpointing:
+    for net in (nets['student'], nets['fake'], base.vae):
+        net.enable_gradient_checkpointing()
+weights = {name: m.trained(net) for name, net in nets.items()}
+rates = dict(student=args.student_lr, fake=args.fake_lr, heads=args.heads_lr)
+opts = {name: ZeroRedundancyOptimizer(
+    [*weights[name].values()], torch.optim.AdamW, lr=rates[name], betas=(.9, .999),
+    weight_decay=.01, fused=device.type == 'cuda') for name in nets}        # each rank has a share
+# --------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data, log
+m.load_state(state, weights, opts)
 
-pictures = m.Pictures(args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
-loader = pictures.batches(args.batch, run.rank, run.world, range(start, args.iters), args.workers)
+# -- split -----------------------------------------------------------------------------------------
+if args.compile:
+    for net in (base.teacher, base.vae.decoder, *nets.values()):
+        net.compile(fullgraph=True, dynamic=False)
+# as the loop calls them: gradients are averaged over ranks
+student, fake, heads = (m.parallel(nets.get(name), device) for name in ('student', 'fake', 'heads'))
+# the student's steps, by SNR: SDXL 999, 749, 499 | 249, SD3 1000, 900, 750 | 500
+S = args.steps
+steps = schedule.steps(S).to(device)
+low = [k for k in range(S) if schedule.low_noise(steps[k:k + 1])]
+high = [k for k in range(S) if k not in low]
+if args.split and not (low and high):
+    m.die(f'--steps {S} gives {steps.long().tolist()}, all on one side of SNR 1; use --no-split or '
+          'more steps')
+scale = base.pipe.vae_scale_factor
+if args.gan_crop % scale or args.gan_crop > base.size:
+    m.die(f'--gan_crop {args.gan_crop} must be a multiple of {scale} up to {base.size}, or 0')
+
+# -- data, log -------------------------------------------------------------------------------------
+pictures = m.Pictures(
+    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
 prompts = m.read_prompts(args.prompts)[:8]
-grid_noise = m.draw(args.seed, 0, range(len(prompts)), (len(steps),) + base.latent_shape)[0].to(run.device)
-teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg) if run.master and args.sample_every else None
-run.open_log(start)
-run.print(f'recipe {args.recipe}: {args.model} -> {run.out}, {run.world} x {run.device.type}, '
-          f'{sum(w.numel() for w in m.trained(student).values()) / 1e6:.1f} M trained parameters'
-          + f' (LoRA, rank {args.lora})' * bool(args.lora) + f', {len(pictures.rows)} pictures')
-run.print(f'steps {steps.long().tolist()}, SNR {[round(v, 3) for v in d.schedule.snr(steps).tolist()]}, batch {args.batch} = '
-          f'{run.world} ranks x {len(run.mine) // args.micro} x {args.micro}, from iteration {start}')
-LINE = {'dm/': 'dm', 'fake': 'fake', 'gan/g': 'g', 'gan/d': 'd', 'grad/dm': '|dDM|', 'grad/gan': '|dGAN|'}
+grid_noise = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))[0].to(device)
+log = m.Log(out, start, device, args)
+# --------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
+loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
+if rank == 0:
+    count = sum(w.numel() for w in weights['student'].values()) / 1e6
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, {count:.1f} M trained '
+          f'parameters, {len(pictures.rows)} pictures, steps {steps.long().tolist()}, batch '
+          f'{args.batch} = {world} ranks x {n} x {args.micro}, from iteration {start}')
+    print(' '.join(f'--{name} {getattr(args, name)}' for name in (
+        'cfg', 'gan', 'gan_weight', 'split', 'ttur', 'couple', 'lora', 'student_lr', 'fake_lr',
+        'heads_lr')))
+    if args.sample_every:
+        teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg)
+
+# -- pieces of an iteration ------------------------------------------------------------------------
+
+def micro_batches(it, rows):
+    """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
+    random number that an iteration needs."""
+    eps, u = m.draw(args.seed, it, mine, (S + 5, *base.latent_shape))
+    y = base.encode(rows['text'])
+    for k in range(0, len(mine), args.micro):
+        j = slice(k, k + args.micro)
+        normal = eps[j].to(device)                                          # (b, S + 5, C, h, w)
+        uniform = u[j].to(device)                                           # (b, 4)
+        yield SimpleNamespace(
+            last=k + args.micro == len(mine),
+            y=[v[j] for v in y],
+            real=rows['pixels'][j].to(device),                              # (b, 3, H, W)
+            eps_steps=normal[:, :S],                                        # of the student's steps
+            eps_tau=normal[:, S], tau=schedule.between(uniform[:, 0], 20, 980),
+            eps_low=normal[:, S + 1],
+            eps_made=normal[:, S + 2], t_adv=schedule.between(uniform[:, 1], 0, 999),
+            eps_fake=normal[:, S + 3], t_fake=schedule.training(uniform[:, 2]),
+            eps_real=normal[:, S + 4], t_D=schedule.between(uniform[:, 3], 0, 999))
+
+def pick(pool, it, key):
+    """One of pool, the same on every rank."""
+    stream = m.generator(args.seed, it, 2 ** 31 + key)
+    return pool[torch.randint(len(pool), (1,), generator=stream).item()]
+
+def crop(x, it):
+    """The random square of --gan_crop of iteration it, of latents or of pixels (b, C, H, W)."""
+    unit = x.shape[-1] // base.latent_shape[-1]
+    side = (args.gan_crop or base.size) // scale
+    stream = m.generator(args.seed, it, 2 ** 31)
+    top, left = torch.randint(base.latent_shape[-1] - side + 1, (2,), generator=stream).tolist()
+    return x[..., top * unit:(top + side) * unit, left * unit:(left + side) * unit]
+
+def seen(z, it):
+    """What D sees of latents z: pixels, or with --gan latent themselves."""
+    with base.autocast():
+        return base.decode(crop(z, it)) if args.gan == 'pixel' else z
+
+def D(net, x, eps, t, y):
+    """Logits (b, 1) or (b, heads) of pixels; with --gan latent of latents, noised to t, through the
+    first half of the fake score."""
+    if args.gan == 'latent':
+        return net(base.features(nets['fake'], schedule.noised(x, eps, t), t, y)[-1])
+    with base.autocast():
+        return net(x).float()
+
+def norm(d):
+    """L2 norm of one sample's gradient, the mean over a batch whose loss is a mean: (b, ...)."""
+    return d.flatten(1).norm(dim=1).mean() * len(d)
+
+def warmed(it):
+    """Share of the learning rates: linear warm-up and cool-down."""
+    return min(1., (it + 1) / max(1, args.warmup), (args.iters - it) / max(1, args.cooldown))
+
+# --------------------------------------------------------------------------------------------------
 
 for it in range(start, args.iters + 1):
-    last = it == args.iters
-    stop = run.told_to_stop(it) or last
-    if run.master and args.sample_every and (it % args.sample_every == 0 or last):
-        m.picture_grid([teacher_row, d.pictures(prompts, grid_noise)], prompts, run.out / f'samples-{it:07d}.png',
-                       ['teacher\n50 steps', f'student\n{len(steps)} steps'])
-    if it > start and (it % args.save_every == 0 or stop) or last:
-        d.save(it, dict(prompts=prompts), stop)
+    # a hung rank ends by itself, with the line at which it stands
+    faulthandler.dump_traceback_later(60 * args.timeout, exit=True)
+    stop = m.any_rank(told, device) or it == args.iters
+    if rank == 0 and args.sample_every and (it % args.sample_every == 0 or it == args.iters):
+        with torch.compiler.set_stance('force_eager'), torch.no_grad():
+            y = base.encode(prompts)
+            z = m.backward_simulation(base, nets['student'], steps, grid_noise, y)
+            rows = [teacher_row, base.decode(z)]
+            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png')
+    if it > start and (it % args.save_every == 0 or stop):
+        facts = dict(
+            base_model=args.model, recipe=recipe, iteration=it, t5=args.t5, prompts=prompts)
+        m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
+            out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
     if stop:
         break
 
-    d.learning_rates(it)
-    turn = it % args.ttur == 0                                                             # of the student to learn
+    for name, opt in opts.items():
+        for group in opt.param_groups:
+            group['lr'] = rates[name] * warmed(it)
+    learns = it % args.ttur == 0                                  # the student, in this iteration
+
+    # -- one distillation --------------------------------------------------------------------------
     rows = next(loader)
-    run.skipped += int(rows['skipped'].sum())
-    parts = d.parts(it, rows['text'], rows['pixels'])
+    log.skipped += int(rows['skipped'].sum())
+    batches = list(micro_batches(it, rows))
+    s = pick(high if args.split else range(S), it, 1)
+    l = pick(low, it, 2) if args.split else s
+    norms = []
+    for b in batches:
+        with m.sync(student, b.last), torch.set_grad_enabled(learns):
+            # 1. high noise: the student's sample at its step s
+            x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
+            x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
 
-    # 1. the student's sample at a high-noise step, 2. its DM gradient, 3. the GAN's at a low-noise step, 4. their sum
-    for part in parts:
-        d.student_backward(part, it, turn, 1 / len(parts))
-    sizes = [m.update(d.opts['student'], student)] if turn else []
-    if turn and sizes[0] is not None:
-        run.note('norm/student', sizes[0])
-        m.couple(fake, student, args.couple)
+            # 2. low noise: finished without gradient, noised to step l, cleaned once with gradient
+            z = x0
+            if gan and args.split:
+                end = m.backward_simulation(
+                    base, student, steps, b.eps_steps, b.y, first=s + 1, x0=x0.detach())
+                t_l = steps[l].expand(len(end))
+                z = base.x0(student, schedule.noised(end, b.eps_low, t_l), t_l, b.y)
 
-    # 5. the fake score learns the student's samples, 6. the discriminator tells real from generated
-    for part in parts:
-        d.critic_backward(part, it, 1 / len(parts))
-    sizes += [m.update(d.opts[name], d.nets[name]) for name in d.nets if name != 'student']
-    run.count(it, sizes)
+            # 3. the losses are functions of these two: D and the fake score, through which they
+            # go, get no gradient
+            x = x0.detach().requires_grad_(learns)
+            v = z.detach().requires_grad_(learns)
+            made = seen(v, it) if gan else v
+            b.x0, b.made = x.detach(), made.detach()
+            if not learns:
+                continue
 
-    if (it + 1) % args.log_every == 0:
-        run.report(it + 1, LINE)
+            # distribution matching, eq. 4: g = (f - r) / mean|x0 - r| is the slope of L_DM at x0
+            with torch.no_grad():
+                x_tau = schedule.noised(x, b.eps_tau, b.tau)
+                r = base.x0(base.teacher, x_tau, b.tau, b.y, args.cfg)
+                f = base.x0(fake, x_tau, b.tau, b.y)
+                g = (f - r) / (x - r).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+            L_DM = .5 * F.mse_loss(x, (x - g).detach())
 
-run.close(it)
+            # adversarial, eq. 9; the latent GAN has DMD2's softplus
+            L_adv = torch.zeros((), device=device)
+            if args.gan == 'pixel':
+                L_adv = -D(heads, made, b.eps_made, b.t_adv, b.y).mean()
+            elif args.gan == 'latent':
+                L_adv = F.softplus(-D(heads, made, b.eps_made, b.t_adv, b.y)).mean()
+
+            L = L_DM + args.gan_weight * L_adv
+            d_x, d_v = torch.autograd.grad(L, [x, v], materialize_grads=True)
+            torch.autograd.backward([x0, z], [d_x / n, d_v / n])
+        log(f'dm/{int(steps[s])}', L_DM)
+        log('grad/dm', norm(d_x))
+        if gan:
+            log('gan/g', L_adv)
+            log('grad/gan', norm(d_v))
+
+    if learns:
+        norms.append(m.update(opts['student'], nets['student']))
+        if norms[0] is not None:
+            log('norm/student', norms[0])
+        if norms[0] is not None and args.couple < 1:
+            # coupling, eq. 11: psi <- c psi + (1 - c) theta
+            with torch.no_grad():
+                for psi, theta in zip(weights['fake'].values(), weights['student'].values()):
+                    psi.lerp_(theta, 1 - args.couple)
+
+    for b in batches:
+        with m.sync(fake, b.last), m.sync(heads, b.last):
+            # 4. the fake score learns the student's samples, eq. 6
+            x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
+            out_fake = base.predict(fake, x_t, b.t_fake, b.y)
+            L = F.mse_loss(out_fake, schedule.target(b.x0, b.eps_fake, b.t_fake))
+            log('fake', L)
+
+            # 5. the discriminator tells real from generated, eq. 8
+            if gan:
+                real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
+                both = torch.cat([real, b.made])
+                eps = torch.cat([b.eps_real, b.eps_made])
+                logits = D(heads, both, eps, b.t_D.repeat(2), [torch.cat([v, v]) for v in b.y])
+                real, made = logits.chunk(2)
+                if args.gan == 'pixel':
+                    L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+                    L = L + L_D
+                else:                # DMD2's D is the fake score's own half: it gets a small weight
+                    L_D = F.softplus(-real).mean() + F.softplus(made).mean()
+                    L = L + 1e-2 * L_D
+                log('gan/d', L_D)
+                log('gan/real', real.mean())
+                log('gan/made', made.mean())
+            (L / n).backward()
+    norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']
+    # ----------------------------------------------------------------------------------------------
+
+    log.count(it, norms)
+    log.write(it + 1)
+
+# -- the end ---------------------------------------------------------------------------------------
+faulthandler.cancel_dump_traceback_later()
+if rank == 0 and it < args.iters:
+    print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
+          'from there')
+elif rank == 0:
+    m.curves(out / 'log.jsonl', out / 'curves.png')
+    print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
+          f'minutes, {log.dropped} iterations with a dropped update, {log.skipped} pictures '
+          f'skipped; python sample.py --ckpt {out}')
+m.dist.destroy_process_group()

@@ -1,335 +1,646 @@
 """
-Flash-DMD, stage 2: the distillation of stage 1 goes on, and after each of its iterations come --rl_ratio preference updates of
-the student, on noisy latents (arXiv 2511.20549, eq. 12-13). One preference update:
+Flash-DMD, stage 2 (arXiv 2511.20549, eq. 12-13): the distillation of stage 1 goes on, in the same
+lines, and after each of its iterations come --rl_ratio preference updates of the student on noisy
+latents. One preference update:
 
-    z_s          by backward simulation, s a high-noise step
-    candidates   z' = alpha' G(z_s) + sigma' eps_k, k = 1..K: the sampler's own next states, at step s'
-    pair         the reward scores each at its own noise level; best = winner w, worst = loser l. A latent reward model reads
-                 the noisy latents; a reward of pictures (--reward pickscore...) what the student makes of them in one step
-    loss         -log sigmoid(beta (log p(w) / p_ref(w) - log p(l) / p_ref(l))), p the sampler's Gaussian transition,
-                 p_ref that of the student as stage 2 found it
+    z_s          the student's input at a high-noise step s, by backward simulation; x0 = G(z_s)
+    candidates   z_k = alpha' x0 + sigma' eps_k, k = 1..K: the sampler's own next states, at step s'
+    pair         a reward scores each at its own noise level; best = winner w, worst = loser l. A
+                 latent reward model reads the noisy latents; a reward of pictures (--reward
+                 pickscore...) what the student makes of them in one step, decoded
+    loss         -log sigmoid(beta (log p(w) / p_ref(w) - log p(l) / p_ref(l))), p the Gaussian
+                 N(alpha' x0, sigma'^2) of that step, p_ref that of the student as stage 2 found it
 
-    python train_stage2.py                                  # goes on from out/stage1, else from the shipped student
-    torchrun --nproc_per_node=8 train_stage2.py             # 8 GPUs, the same result
-    python train_stage2.py --no-joint --gan none --out out/rl_alone        # preference updates only: over-optimises
+    python train_stage2.py                          # from out/stage1, else from the shipped student
+    torchrun --nproc_per_node=8 train_stage2.py     # 8 GPUs, the same result
+    python train_stage2.py --no-joint --gan none --out out/rl_alone     # alone it over-optimises
 
 Running the same command again resumes. out/stage2 gets what stage 1's folder has, and eval.jsonl.
 """
 
 import argparse
+import faulthandler
 import json
 import math
-import sys
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import model as m
 import rewards as R
 
-# ---------------------------------------------------------------------------------------------------------------------
-# settings: what a run of stage 1 was told it hands on (args.json); this table fills the rest, and every flag overrides.
-# Learning rates, beta, weights: not in the paper
+# --------------------------------------------------------------------------------------------------
+# settings: the recipe's, over them what stage 1 was told (args.json), over them the command line.
+# Learning rates, beta and weights are not in the paper. What was tried: assets/results.md
 
+T2I_2M = dict(
+    data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
+    text_column='json.prompt', prompts='assets/prompts.txt', sam='vit_b')
+SHAPES = dict(
+    data='assets/toy/data', data_files='train.parquet', image_column='image', text_column='text',
+    prompts='assets/toy/data/prompts.txt', sam='assets/toy/sam.pth', judge='assets/toy/clip',
+    pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet')
 RECIPES = {
-    'sdxl': dict(
-        sam='vit_b', data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
-        text_column='json.prompt', prompts='assets/prompts.txt', lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2,
-        batch=64, micro=1, iters=2000, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6,
-        beta=500., warmup=50, cooldown=0, checkpointing=True, critic_warmup=100, save_every=250, sample_every=250,
-        reward='latent', eval_every=250, log_every=6, judge=R.CLIP_L, pickscore='yuvalkirstain/PickScore_v1', real='',
-        real_files=''),
-    # tried on seed 0, before any other: rl_lr 2e-5 with student lr 5e-5, fake lr 2e-4 raised the reward by .58 in 330 updates,
-    # and CMMD from .088 to .127 (128 prompts, an unfinished reward model); rl_lr 1e-5 with these and gan_weight .3 was no
-    # better than what stands here (CMMD .089 against .084 after 200). Table of the final settings: README
-    'toy': dict(
-        sam='assets/toy/sam.pth', data='assets/toy/data', data_files='train.parquet', image_column='image',
-        text_column='text', prompts='assets/toy/data/prompts.txt', lrm='assets/toy/lrm', cfg=3., gan_weight=.1,
-        batch=16, micro=16, iters=330, student_lr=2e-5, fake_lr=1e-4, heads_lr=2e-4, rl_lr=1e-5,
-        beta=500., warmup=30, cooldown=0, checkpointing=False, critic_warmup=30, save_every=110, sample_every=110,
-        reward='latent', eval_every=110, log_every=6,
-        judge='assets/toy/clip', pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet'),
-}
-# SD3 has no public latent reward model. Its first two steps lead to t = 900 and 750, where SNR is .012 and .11 and a preference
-# hardly moves anything, so the third counts as well. Tried on the toy's seed 0 (256 prompts; PickScore .6387, R-precision
-# 51.2 %, CMMD .116 before): high steps only .6362 / 48.8 / .172 (and without distillation PickScore fell from the start);
-# all steps, beta 500 with rl_lr 1e-4, 2e-4: .6425 / 51.6 / .109, .6421 / 51.2 / .124; beta 100 (these): .6457 / 54.3 / .104
-# with --reward latent --lrm assets/toy/lrm_sd3: .6331 / 46.1 / .231; and rl_lr 2e-5: .6376 / 50.8 / .161; or rl_ratio 1:
-# .6435 / 52.0 / .157 (and with seed 1 .6356 / 52.7 / .154 from .6372 / 55.5 / .125)
-RECIPES['sd3'] = RECIPES['sdxl'] | dict(reward='pickscore', lrm='', cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5,
-                                        rl_lr=1e-5, rl_steps='all', beta=100.)
-RECIPES['toy-sd3'] = RECIPES['toy'] | dict(
-    reward='pickscore', lrm='', iters=240, save_every=120, sample_every=120, eval_every=120, student_lr=1e-4, fake_lr=5e-4,
-    rl_lr=1e-4, rl_steps='all', beta=100., cooldown=60)
-
-# of adapters: the toy's are ten times those of all weights, SDXL's untried
-LORA_RATES = {'sdxl': dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5), 'toy': dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4)}
+    'sdxl': T2I_2M | dict(
+        lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2, batch=64, micro=1, iters=2000,
+        student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6, warmup=50, checkpointing=True,
+        critic_warmup=100, log_every=6),
+    'toy': SHAPES | dict(
+        lrm='assets/toy/lrm', cfg=3., gan_weight=.1, batch=16, micro=16, iters=330,
+        student_lr=2e-5, fake_lr=1e-4, heads_lr=2e-4, rl_lr=1e-5, warmup=30, critic_warmup=30,
+        save_every=110, sample_every=110, eval_every=110, log_every=6)}
+# SD3 has no public latent reward, and its first two steps lead to t = 900 and 750, where SNR is
+# .012 and .11 and a preference hardly moves anything: so the third counts as well
+SD3 = dict(reward='pickscore', lrm='', rl_steps='all', beta=100.)
+RECIPES['sd3'] = RECIPES['sdxl'] | SD3 | dict(
+    cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
+RECIPES['toy-sd3'] = RECIPES['toy'] | SD3 | dict(
+    iters=240, cooldown=60, student_lr=1e-4, fake_lr=5e-4, rl_lr=1e-4, save_every=120,
+    sample_every=120, eval_every=120)
+# adapters learn at other rates than whole networks
+LORA_RATES = dict(
+    sdxl=dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5),
+    toy=dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4))
+# what stage 1 hands on, if its args.json lies beside the student
+HANDED = ('offload sam data data_files image_column text_column prompts workers cfg gan gan_weight '
+          'gan_crop split ttur couple batch micro heads_lr checkpointing save_dtype').split()
 
 p = m.parser(__doc__)
-p.add_argument('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's own")
-p.add_argument('--init', default='', help='run of stage 1, or a student pipeline; empty: out/stage1, else the shipped student')
-p.add_argument('--out', default='out/stage2', help='folder of the run; holds its state, so the same command resumes')
-m.training_flags(p, model_help="teacher; the student's own unless given")
-# preference
-p.add_argument('--reward', choices=['latent', *R.SCORES],
-               help='latent: --lrm; else a reward of pictures, its weights as evaluate.py has them, or --pickscore')
-p.add_argument('--lrm', help="latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder")
-p.add_argument('--joint', action=argparse.BooleanOptionalAction, default=True,
-               help='distil as well; no: preference updates only')
-p.add_argument('--rl_ratio', type=int, default=5, help='preference updates after each distillation iteration')
-p.add_argument('--rl_steps', choices=['high', 'all'], default='high',
-               help="student steps s that get preference updates: those that lead to a high-noise step, or all but the last")
-p.add_argument('--rl_lr', type=float, help="the student's learning rate in preference updates")
-p.add_argument('--rl_prompts', default='', help='text file of prompts for preference updates; empty: the captions of --data')
-p.add_argument('--candidates', type=int, default=4, help='K, next states drawn from each z_s')
-p.add_argument('--beta', type=float, help='sharpness of the preference; log-probabilities are means over dimensions')
-p.add_argument('--clamp', type=float, default=0., help='keep p / p_ref within 1 -+ this, as LPO and PSO do; 0: off')
-p.add_argument('--critic_warmup', type=int,
-               help='first iterations, for fake score and discriminator alone, where stage 1 does not hand them on')
-# watching
-p.add_argument('--eval_every', type=int, help='iterations between evaluations on the first --eval_n of --prompts; 0: none')
-p.add_argument('--eval_n', type=int, default=128, help='prompts of an evaluation')
-p.add_argument('--judge', help='CLIP for R-precision and CMMD, which the reward does not see')
-p.add_argument('--pickscore', help='preference model on pixels, not trained on either')
-p.add_argument('--real', help='real pictures for CMMD, as --data; empty: --data itself')
-p.add_argument('--real_files', help='which files of --real')
-first, _ = p.parse_known_args()
-folder, facts = m.find_student(first.init, '--init', ['out/stage1'])
-handed = Path(folder).parent / 'args.json'
-try:
-    handed = dict(json.loads(handed.read_text()) if handed.exists() else {})
-except (OSError, ValueError, TypeError):
-    m.die(f'--init: {handed} is damaged; delete it to go on with the settings of the recipe')
-if (first.recipe or facts['recipe']) not in RECIPES:
-    m.die(f"--init {folder}: its recipe is {facts['recipe']!r}; give --recipe {' or '.join(RECIPES)}")
-recipe = first.recipe or facts['recipe']
-if not first.init and recipe != facts['recipe']:
-    m.die(f"--recipe {recipe}: the newest student, {folder}, is of recipe {facts['recipe']}; run train_stage1.py --recipe {recipe} "
-          'first, or give --init')
-own = {'recipe', 'iters', 'out', 'seed', 'student_lr', 'fake_lr', 'warmup', 'cooldown', 'save_every', 'sample_every',
-       'log_every', 'wandb', 'shard', 'compile', 'timeout', 'disk_full', 't5', 'lora', 'lora_alpha', 'lora_targets'}        # not handed on
-lora = facts.get('lora') or dict(rank=None, alpha=0., targets=['attention'])
-p.set_defaults(**RECIPES[recipe] | (LORA_RATES.get(recipe, {}) if lora['rank'] else {}) | dict(
-    model=facts['base_model'], steps=len(facts['steps']), t5=facts.get('t5'), lora=lora['rank'], lora_alpha=lora['alpha'],
-    lora_targets=','.join(lora['targets'])))
-handed = {k: v for k, v in handed.items() if k not in own and hasattr(first, k) and p.get_default(k) != v}
-# read as flags, so that they are checked as those are
-flags = [f'--{k}={v}' if not isinstance(v, bool) else f'--{k}' if v else f'--no-{k}' for k, v in handed.items() if v is not None]
-args = p.parse_args(flags + sys.argv[1:])
-args.recipe, args.init, args.init_iteration = recipe, str(folder), facts['iteration']
-m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0, rl_lr=0)
+flag = p.add_argument
+flag('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's")
+flag('--init', default='',
+     help='run of stage 1, or a student; empty: out/stage1, else the shipped student')
+flag('--out', default='out/stage2',
+     help='folder of the run; it holds the state, so the same command resumes')
+
+# -- flags of the distillation ---------------------------------------------------------------------
+yes_no = argparse.BooleanOptionalAction
+flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
+flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
+flag('--offload', action=yes_no, default=False,
+     help='text encoders wait in main memory between iterations')
+flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
+flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
+flag('--data_files', help='which files of --data, a pattern; empty: all')
+flag('--image_column', help='column of the pictures')
+flag('--text_column', help='column of the captions; a dot reaches into a nested one')
+flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
+flag('--workers', type=int, default=2, help='data decoding processes per rank; 0: the main process')
+flag('--steps', type=int, default=4, help="the student's sampling steps")
+flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
+flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
+     help="pixel: SAM on decoded pictures; latent: DMD2's, on the fake score's bottleneck")
+flag('--gan_weight', type=float, help="weight of the student's adversarial loss")
+flag('--gan_crop', type=int, default=0,
+     help='pixels a side of the random crop that is decoded for the GAN; 0: all')
+flag('--split', action=yes_no, default=True,
+     help='DM loss at high noise and GAN at low noise only; no: both at every step')
+flag('--ttur', type=int, default=1,
+     help='iterations of fake score and discriminator per student update')
+flag('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) student; 1: off')
+flag('--lora', type=int, default=0,
+     help='train adapters of this rank on the frozen teacher; 0: all weights')
+flag('--lora_alpha', type=float, default=0.,
+     help='adapters are scaled by this / rank; 0: twice the rank')
+flag('--lora_targets', default='attention',
+     help="ends of modules' names that get an adapter, with commas; attention: its projections")
+flag('--iters', type=int, help='iterations')
+flag('--batch', type=int, help='prompts per iteration, over all ranks')
+flag('--micro', type=int, help='prompts per forward on one rank; gradients accumulate')
+flag('--student_lr', type=float, help='AdamW learning rate of the student')
+flag('--fake_lr', type=float, help='AdamW learning rate of the fake score')
+flag('--heads_lr', type=float, help='AdamW learning rate of the discriminator heads')
+flag('--warmup', type=int, default=0, help='iterations of linear learning-rate warm-up')
+flag('--cooldown', type=int, default=0,
+     help='last iterations, over which the learning rates fall linearly to 0')
+flag('--checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
+flag('--compile', action=yes_no, default=False,
+     help='torch.compile for all networks but the text encoders')
+flag('--seed', type=int, default=0, help='seed of the run')
+flag('--save_every', type=int, default=250, help='iterations between saves')
+flag('--save_dtype', choices=['float16', 'bfloat16', 'float32'], default='float16',
+     help="of student/'s weights")
+flag('--sample_every', type=int, default=250, help='iterations between sample grids; 0: none')
+flag('--log_every', type=int, default=1, help='iterations between log lines')
+flag('--timeout', type=float, default=30.,
+     help='minutes without an iteration after which a hung rank ends')
+flag('--disk_full', choices=['stop', 'skip'], default='stop',
+     help='where a save finds no room: stop, or train on to the next save')
+flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
+# -- flags of the preference updates ---------------------------------------------------------------
+flag('--reward', choices=['latent', *R.SCORES], default='latent',
+     help='latent: --lrm; else a reward of pictures, its weights as in evaluate.py, or --pickscore')
+flag('--lrm', help='latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder')
+flag('--joint', action=yes_no, default=True,
+     help='distil as well; no: preference updates only')
+flag('--rl_ratio', type=int, default=5, help='preference updates after each distillation iteration')
+flag('--rl_steps', choices=['high', 'all'], default='high',
+     help='steps s that get them: those that lead to a high-noise step, or all but the last')
+flag('--rl_lr', type=float, help="the student's learning rate in preference updates")
+flag('--rl_prompts', default='',
+     help='text file of prompts for preference updates; empty: the captions of --data')
+flag('--candidates', type=int, default=4, help='K, next states drawn from each z_s')
+flag('--beta', type=float, default=500.,
+     help='sharpness of the preference; log-probabilities are means over dimensions')
+flag('--clamp', type=float, default=0., help='keep p / p_ref within 1 -+ this, as LPO does; 0: off')
+flag('--critic_warmup', type=int, default=0,
+     help='first iterations, for fake score and discriminator alone, where they are new')
+flag('--eval_every', type=int, default=250,
+     help='iterations between evaluations on the first --eval_n of --prompts; 0: none')
+flag('--eval_n', type=int, default=128, help='prompts of an evaluation')
+flag('--judge', default=R.CLIP_L,
+     help='CLIP for R-precision and CMMD of the evaluations, which the reward does not see')
+flag('--pickscore', default=R.PickScore.home, help='preference model on pixels')
+flag('--real', default='', help='real pictures for CMMD, as --data; empty: --data itself')
+flag('--real_files', default='', help='which files of --real')
+# --------------------------------------------------------------------------------------------------
+
+chosen = p.parse_known_args()[0]
+folder, found = m.find_student(chosen.init, '--init', ['out/stage1'])
+recipe = chosen.recipe or found['recipe']
+if recipe not in RECIPES:
+    m.die(f'--init {folder}: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
+if not chosen.init and recipe != found['recipe']:
+    m.die(f'--recipe {recipe}: the newest student, {folder}, is of recipe {found["recipe"]}; run '
+          f'train_stage1.py --recipe {recipe} first, or give --init')
+adapters = found.get('lora') or dict(rank=0, alpha=0., targets=['attention'])
+file = folder.parent / 'args.json'
+with m.sentence(f'--init: {file} is damaged; choose another --init'):
+    handed = json.loads(file.read_text()) if file.exists() else {}
+    handed = {name: handed[name] for name in HANDED if name in handed}
+    odd = [name for name, value in handed.items() if isinstance(value, (list, dict))]
+    assert not odd, f'{odd} cannot be'
+p.set_defaults(**RECIPES[recipe])
+if adapters['rank']:
+    p.set_defaults(**LORA_RATES.get(recipe, {}))
+p.set_defaults(
+    **handed, model=found['base_model'], steps=len(found['steps']), t5=found.get('t5'),
+    lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
+args = p.parse_args()
+m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
+           rl_lr=0)
 if args.clamp >= 1:
     m.die(f'--clamp {args.clamp} must be below 1')
-if args.lora != lora['rank']:
-    m.die(f'--lora: the student in {folder} ' + (f'is a LoRA of rank {lora["rank"]}' if lora['rank'] else 'is a full fine-tune')
-          + ' and stays one; leave --lora and --no-lora away')
+if args.lora != adapters['rank']:
+    m.die(f'--lora {args.lora}: the student in {folder} is one of --lora {adapters["rank"]} and stays '
+          'one; leave --lora away')
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ranks and device, stage 1's networks as it left them, the latent reward, the reference
+# -- ranks, device, folder -------------------------------------------------------------------------
+m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
+           sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
+           timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
+rank, world, device = m.launch(args.timeout + 5)
+if args.batch % (world * args.micro):
+    m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
+          'one of them')
+mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
+n = len(mine) // args.micro                                                 # its micro-batches
+out = m.writable_folder(args.out, '--out')
+state = m.find_state(out, args)
+start = m.iteration_of(state)
+began = time.time()
+told = []                                                                   # to stop
+signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 
-run = m.Run(args)
-base = m.Base(args.model, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32, t5=args.t5,
-              offload=args.offload)
-d = m.Distillation(base, run)
-steps, student, fake = d.steps, d.student, d.fake
-run.print(f'from {folder}, iteration {facts["iteration"]} on {args.model}:')
-inherited = m.load_state(folder.parent, d.nets, d.opts, vars(args), '--init', inherit=True)
+# -- networks --------------------------------------------------------------------------------------
+# base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
+bf16 = torch.bfloat16 if device.type == 'cuda' else torch.float32
+base = m.load_base(args.model, device, bf16, args.t5, args.offload)
+schedule = base.schedule
+lora = None
+if args.lora:
+    alpha = args.lora_alpha or 2. * args.lora
+    lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
+torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
+nets = dict(student=base.trainable(lora), fake=base.trainable(lora))
+# adapters begin at random, but at one place: the coupling mixes them
+m.load_trained(nets['fake'], m.trained(nets['student']))
+gan = args.gan != 'none'
+if args.gan == 'pixel':
+    sam = m.load_sam_encoder(args.sam)
+    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing).to(device)
+elif args.gan == 'latent':
+    nets['heads'] = m.Head(base.channels(base.teacher)[-1]).to(device)
+if args.checkpointing:
+    for net in (nets['student'], nets['fake'], base.vae):
+        net.enable_gradient_checkpointing()
+weights = {name: m.trained(net) for name, net in nets.items()}
+rates = dict(student=args.student_lr, fake=args.fake_lr, heads=args.heads_lr)
+opts = {name: ZeroRedundancyOptimizer(
+    [*weights[name].values()], torch.optim.AdamW, lr=rates[name], betas=(.9, .999),
+    weight_decay=.01, fused=device.type == 'cuda') for name in nets}        # each rank has a share
+# --------------------------------------------------------------------------------------------------
+
+# stage 1's networks as it left them; the reference is its student, to the bit: first ratios are 1
+inherited = m.newest_state(folder.parent, '--init', own=False)
+inherited = m.load_state(inherited, weights, opts, partly=True)
 if 'student' not in inherited:
-    m.restore_student(student, folder, d.lora)
-    inherited = {'student'}
-for name in d.nets:
-    got = [what for what, file in [('weights', name), ('optimiser', f'{name}.opt')] if file in inherited]
-    run.print(f'  {name}: {" and ".join(got) or "not there: new, " + ("the teacher" if name == "fake" else "random")}')
-run.print('  settings: ' + (' '.join(f'--{k} {v}' for k, v in handed.items()) or "the recipe's"))
-reference = m.twin(student, base.teacher.dtype).requires_grad_(False)       # p_ref, to the bit, so the first ratios are exactly 1
-if args.reward == 'latent':
-    lrm = m.load_latent_reward(args.lrm, base)
+    m.restore_student(nets['student'], folder, lora)
+reference = m.twin(nets['student'], base.teacher.dtype).requires_grad_(False)
+if args.compile:
+    reference.compile(fullgraph=True, dynamic=False)
+m.load_state(state, weights, opts)
 
-    def reward(z, t, prompts):
-        """The latent reward of noisy latents z (B, C, h, w) at times t (B,): (B,)."""
-        return lrm(z, t, lrm.encode(prompts))
-else:
-    try:
-        source = args.pickscore if args.reward == 'pickscore' else R.SCORES[args.reward][1]
-        judge_of_pictures = R.SCORES[args.reward][0](source, run.device)
-    except R.Unavailable as error:
-        m.die(f'--reward {args.reward}: {error}')
+# -- split -----------------------------------------------------------------------------------------
+if args.compile:
+    for net in (base.teacher, base.vae.decoder, *nets.values()):
+        net.compile(fullgraph=True, dynamic=False)
+# as the loop calls them: gradients are averaged over ranks
+student, fake, heads = (m.parallel(nets.get(name), device) for name in ('student', 'fake', 'heads'))
+# the student's steps, by SNR: SDXL 999, 749, 499 | 249, SD3 1000, 900, 750 | 500
+S = args.steps
+steps = schedule.steps(S).to(device)
+low = [k for k in range(S) if schedule.low_noise(steps[k:k + 1])]
+high = [k for k in range(S) if k not in low]
+if args.split and not (low and high):
+    m.die(f'--steps {S} gives {steps.long().tolist()}, all on one side of SNR 1; use --no-split or '
+          'more steps')
+scale = base.pipe.vae_scale_factor
+if args.gan_crop % scale or args.gan_crop > base.size:
+    m.die(f'--gan_crop {args.gan_crop} must be a multiple of {scale} up to {base.size}, or 0')
+# --------------------------------------------------------------------------------------------------
 
-    def reward(z, t, prompts):
-        """A reward of pictures for noisy latents z (B, C, h, w) at times t (B,): of the student's x0 there, decoded. (B,)."""
-        y, out = base.encode(prompts), []
-        for k in range(0, len(z), args.micro):                    # each takes 3.2 GB at 1024 px: bench.py --only memory
-            part = slice(k, k + args.micro)
-            with base.autocast():
-                x = d.decode(base.x0(d.fast['student'], z[part], t[part], [v[part] for v in y]))
-            out.append(judge_of_pictures.score((x.float() / 2 + .5).clamp(0, 1), prompts[part]))
-        return torch.cat(out)
-
-start = m.load_state(run.out, d.nets, d.opts, vars(args))
-d.distribute()
-fast_reference = d.compiled(reference)
-rl_steps = [k for k in range(len(steps) - 1) if args.rl_steps == 'all' or k + 1 in d.high]
+rl_steps = [k for k in range(S - 1) if args.rl_steps == 'all' or k + 1 in high]
 if not rl_steps:
-    m.die(f'--rl_steps {args.rl_steps}: none of the steps {steps.long().tolist()} leads to a high-noise step; use --rl_steps '
-          'all or more --steps')
-
-# iterations: fake score and discriminator alone where they are new, then cycles of one distillation and rl_ratio preference
-# updates
-alone = 0 if {*d.nets} <= inherited or not args.joint else args.critic_warmup
+    m.die(f'--rl_steps {args.rl_steps}: none of the steps {steps.long().tolist()} leads to a '
+          'high-noise step; use --rl_steps all or more --steps')
+# iterations: fake score and discriminator alone where they are new, then cycles of one distillation
+# and rl_ratio preference updates
+new = [name for name in ('fake', 'heads') if name in nets and name not in inherited]
+alone = args.critic_warmup if new and args.joint else 0
 cycle = args.rl_ratio + 1
-
 
 def distils(it):
     return args.joint and (it < alone or (it - alone) % cycle == 0)
 
+# --------------------------------------------------------------------------------------------------
+# the reward, and what an evaluation looks at beside it
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data, log
-
-pictures = m.Pictures(args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
-loader = pictures.batches(args.batch, run.rank, run.world, filter(distils, range(start, args.iters)), args.workers)
-rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
-
-
-def texts(it):
-    """This rank's prompts of a preference update."""
-    if rl_prompts is None:
-        return pictures.captions(it * args.batch + i for i in run.mine)
-    return [d.choose(it, 3 + i, rl_prompts) for i in run.mine]
-
-
-watched = m.read_prompts(args.prompts)
-prompts, watched = watched[:8], watched[:args.eval_n]
-grid_noise = m.draw(args.seed, 0, range(len(prompts)), (len(steps),) + base.latent_shape)[0].to(run.device)
-run.open_log(start)
-run.print(f'recipe {args.recipe}: {args.model} -> {run.out}, {run.world} x {run.device.type}, reward {args.lrm or args.reward}, '
-          f'preference updates at {[int(steps[k]) for k in rl_steps]}, from iteration {start}'
-          + f'; the first {alone} for fake score and discriminator alone' * (alone > start))
-LINE = {'dm/': 'dm', 'fake': 'fake', 'gan/g': 'g', 'gan/d': 'd', 'rl/loss': 'rl', 'reward/': 'reward', 'rl/gap': 'gap',
-        'rl/ratio': 'ratio'}
-
-judges = {}
-for name, network in [('judge', R.Clip), ('pickscore', R.PickScore)] if args.eval_every else ():
+def scorer_of(name, source, option):
+    """A reward of pictures; None, with a line, where it cannot be had and is not the reward."""
     try:
-        judges[name] = judge_of_pictures if name == args.reward else network(vars(args)[name], run.device)
+        return R.SCORES[name][0](source, device)
     except R.Unavailable as error:
-        run.print(f'--{name}: {error}; its columns are left out')
-if 'judge' in judges and run.master:
-    real = m.Pictures(args.real or args.data, args.real_files if args.real else args.data_files, args.image_column,
-                      args.text_column, base.size, args.seed, '--real')
-    real = torch.cat([judges['judge'].embed_images(real[i]['pixels'][None] / 2 + .5).cpu()
-                      for i in range(min(512, len(real.rows)))])
-    hard = Path(args.prompts).with_suffix('.hard.txt')
-    hard = [x.split('\t') for x in m.read_prompts(hard)] if hard.exists() else [[]] * len(watched)
+        if option == '--reward':
+            m.die(f'--reward {name}: {error}')
+        if rank == 0:
+            print(f'{option}: {error}; its columns are left out')
 
+scorer = None
+if args.reward == 'latent':
+    lrm = m.load_latent_reward(args.lrm, base)
+else:
+    source = args.pickscore if args.reward == 'pickscore' else R.SCORES[args.reward][1]
+    scorer = scorer_of(args.reward, source, '--reward')
 
-def judges_to(device):
-    """The evaluations' networks wait in main memory while the run trains, but for one that is the reward."""
-    for name, judge in judges.items():
-        if name != args.reward:
-            judge.clip.to(device)
+def reward(z, t, prompts):
+    """The reward of noisy latents z (B, C, h, w) at times t (B,): (B,)."""
+    if args.reward == 'latent':
+        return lrm(z, t, lrm.encode(prompts))
+    y = base.encode(prompts)
+    found = []
+    for k in range(0, len(z), args.micro):           # each takes 3.2 GB at 1024 px (tests/bench.py)
+        j = slice(k, k + args.micro)
+        x0 = base.x0(student, z[j], t[j], [v[j] for v in y])
+        with base.autocast():
+            pixels = base.decode(x0)
+        found.append(scorer.score((pixels.float() / 2 + .5).clamp(0, 1), prompts[j]))
+    return torch.cat(found)
 
+# -- data, log -------------------------------------------------------------------------------------
+pictures = m.Pictures(
+    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
+prompts = m.read_prompts(args.prompts)[:8]
+grid_noise = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))[0].to(device)
+log = m.Log(out, start, device, args)
+# --------------------------------------------------------------------------------------------------
 
-judges_to('cpu')
+loader = pictures.batches(
+    mine, args.batch, filter(distils, range(start, args.iters)), args.workers)
+rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
+if rank == 0:
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from {folder}, '
+          f'iteration {found["iteration"]}; weights and moments of its state: '
+          f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
+    print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
+    print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
+          f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
+          f'discriminator alone, from iteration {start}')
 
+watched = m.read_prompts(args.prompts)[:args.eval_n]
+if args.eval_every:
+    clip = scorer_of('clip', args.judge, '--judge')
+    pickscore = scorer if args.reward == 'pickscore' else scorer_of(
+        'pickscore', args.pickscore, '--pickscore')
+    if clip and rank == 0:
+        real = m.Pictures(args.real or args.data, args.real_files if args.real else args.data_files,
+                          args.image_column, args.text_column, base.size, args.seed, '--real')
+        real = torch.cat([clip.embed_images(real[i]['pixels'][None] / 2 + .5).cpu()
+                          for i in range(min(512, len(real.rows)))])                    # (n, D)
+        file = Path(args.prompts).with_suffix('.hard.txt')
+        hard = [line.split('\t') for line in m.read_prompts(file)] if file.exists() else []
+        hard = hard or [[]] * len(watched)
+    # they wait in main memory while the run trains, but for one that is the reward
+    waiting = [x.clip for x in (clip, pickscore) if x and x is not scorer]
+    for net in waiting:
+        net.to('cpu')
 
 @torch.no_grad()
 def evaluate(it):
-    """The latent reward, which is trained on, and what is not, on the student's pictures of `watched`: one JSON line in
-    eval.jsonl. Every rank draws its share."""
-    judges_to(run.device)
-    found, mine, t = {}, list(range(run.rank, len(watched), run.world)), steps[-1]
+    """The reward, which is trained on, and what is not, on the student's pictures of `watched`: one
+    JSON line in eval.jsonl. Every rank draws its share."""
+    for net in waiting:
+        net.to(device)
+    own = range(rank, len(watched), world)
+    scores, vectors = {}, {}
+    for k in range(0, len(own), args.micro):
+        index = own[k:k + args.micro]
+        texts = [watched[i] for i in index]
+        noise = m.draw(args.seed, 1, index, (S + 1, *base.latent_shape))[0].to(device)
+        z = m.backward_simulation(base, nets['student'], steps, noise, base.encode(texts))
+        x = (base.decode(z) / 2 + .5).clamp(0, 1)                                   # (b, 3, H, W)
+        t = steps[-1].expand(len(z))
+        row = dict(reward=reward(schedule.noised(z, noise[:, -1], t), t, texts),
+                   brightness=x.mean((1, 2, 3)), saturation=(x.amax(1) - x.amin(1)).mean((1, 2)))
+        if pickscore:
+            row['pickscore'] = pickscore.score(x, texts)
+        if clip:
+            vectors |= dict(zip(index, clip.embed_images(x).cpu()))
+        for j, i in enumerate(index):
+            scores[i] = {name: value[j].item() for name, value in row.items()}
+    shares = m.gathered((scores, vectors))
+    for net in waiting:
+        net.to('cpu')
+    if rank:
+        return
+    scores = {i: row for share, _ in shares for i, row in share.items()}
+    vectors = {i: v for _, share in shares for i, v in share.items()}
+    row = dict(iteration=it)
+    for name in scores[0]:
+        row[name] = sum(scores[i][name] for i in range(len(watched))) / len(watched)
+    if clip:
+        v = torch.stack([vectors[i] for i in range(len(watched))])                         # (n, D)
+        won = R.r_precision(clip, v, range(len(v)), watched, hard, args.seed)
+        row |= dict(rprecision=won.mean().item(), cmmd=R.cmmd(v, real))
+    print(f'{it:5d}/{args.iters}  evaluation  '
+          + '  '.join(f'{name} {value:.4f}' for name, value in row.items() if name != 'iteration'))
+    with (out / 'eval.jsonl').open('a') as file:
+        file.write(json.dumps(row) + '\n')
+
+# -- pieces of an iteration ------------------------------------------------------------------------
+
+def micro_batches(it, rows):
+    """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
+    random number that an iteration needs."""
+    eps, u = m.draw(args.seed, it, mine, (S + 5, *base.latent_shape))
+    y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
-        part, texts = mine[k:k + args.micro], [watched[i] for i in mine[k:k + args.micro]]
-        noise = m.draw(args.seed, 1, part, (len(steps) + 1,) + base.latent_shape)[0].to(run.device)
-        z = m.backward_simulation(base, student, steps, noise, base.encode(texts))
-        x = (base.decode(z) / 2 + .5).clamp(0, 1)                                                        # (b, 3, H, W)
-        z_t = base.schedule.noised(z, noise[:, -1], t.expand(len(part)))
-        row = dict(reward=reward(z_t, t.expand(len(part)), texts), brightness=x.mean((1, 2, 3)),
-                   saturation=(x.amax(1) - x.amin(1)).mean((1, 2)))
-        if 'pickscore' in judges:
-            row['pickscore'] = judges['pickscore'].score(x, texts)
-        v = judges['judge'].embed_images(x).cpu() if 'judge' in judges else x[:, :0]
-        found |= {i: ({name: value[j].item() for name, value in row.items()}, v[j:j + 1]) for j, i in enumerate(part)}
-    found = run.gathered(found)
-    if run.master:
-        row = dict(iteration=it) | {k: sum(found[i][0][k] for i in range(len(watched))) / len(watched) for k in found[0][0]}
-        if 'judge' in judges:
-            v = torch.cat([found[i][1] for i in range(len(watched))])                                        # (n, D)
-            row['rprecision'] = R.r_precision(judges['judge'], v, range(len(v)), watched, hard, args.seed).mean().item()
-            row['cmmd'] = R.cmmd(v, real)
-        run.print(f'{it:5d}/{args.iters}  evaluation  ' + '  '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'iteration'))
-        with (run.out / 'eval.jsonl').open('a') as file:
-            file.write(json.dumps(row) + '\n')
-    judges_to('cpu')
+        j = slice(k, k + args.micro)
+        normal = eps[j].to(device)                                          # (b, S + 5, C, h, w)
+        uniform = u[j].to(device)                                           # (b, 4)
+        yield SimpleNamespace(
+            last=k + args.micro == len(mine),
+            y=[v[j] for v in y],
+            real=rows['pixels'][j].to(device),                              # (b, 3, H, W)
+            eps_steps=normal[:, :S],                                        # of the student's steps
+            eps_tau=normal[:, S], tau=schedule.between(uniform[:, 0], 20, 980),
+            eps_low=normal[:, S + 1],
+            eps_made=normal[:, S + 2], t_adv=schedule.between(uniform[:, 1], 0, 999),
+            eps_fake=normal[:, S + 3], t_fake=schedule.training(uniform[:, 2]),
+            eps_real=normal[:, S + 4], t_D=schedule.between(uniform[:, 3], 0, 999))
 
+def pick(pool, it, key):
+    """One of pool, the same on every rank."""
+    stream = m.generator(args.seed, it, 2 ** 31 + key)
+    return pool[torch.randint(len(pool), (1,), generator=stream).item()]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
+def crop(x, it):
+    """The random square of --gan_crop of iteration it, of latents or of pixels (b, C, H, W)."""
+    unit = x.shape[-1] // base.latent_shape[-1]
+    side = (args.gan_crop or base.size) // scale
+    stream = m.generator(args.seed, it, 2 ** 31)
+    top, left = torch.randint(base.latent_shape[-1] - side + 1, (2,), generator=stream).tolist()
+    return x[..., top * unit:(top + side) * unit, left * unit:(left + side) * unit]
+
+def seen(z, it):
+    """What D sees of latents z: pixels, or with --gan latent themselves."""
+    with base.autocast():
+        return base.decode(crop(z, it)) if args.gan == 'pixel' else z
+
+def D(net, x, eps, t, y):
+    """Logits (b, 1) or (b, heads) of pixels; with --gan latent of latents, noised to t, through the
+    first half of the fake score."""
+    if args.gan == 'latent':
+        return net(base.features(nets['fake'], schedule.noised(x, eps, t), t, y)[-1])
+    with base.autocast():
+        return net(x).float()
+
+def norm(d):
+    """L2 norm of one sample's gradient, the mean over a batch whose loss is a mean: (b, ...)."""
+    return d.flatten(1).norm(dim=1).mean() * len(d)
+
+def warmed(it):
+    """Share of the learning rates: linear warm-up and cool-down."""
+    return min(1., (it + 1) / max(1, args.warmup), (args.iters - it) / max(1, args.cooldown))
+
+# --------------------------------------------------------------------------------------------------
+
+def captions(it):
+    """This rank's prompts of a preference update."""
+    if rl_prompts is None:
+        return pictures.captions(it * args.batch + i for i in mine)
+    return [pick(rl_prompts, it, 3 + i) for i in mine]
+
+def log_ratio(z, x0, x_ref, a, sigma):
+    """log p(z) / p_ref(z) of N(a x0, sigma^2) and N(a x_ref, sigma^2), the mean over dimensions, as
+    a product, since the two squares differ in their last digits only: (b, C, h, w) -> (b,)."""
+    return (a * (x0 - x_ref) * (z - a * (x0 + x_ref) / 2) / sigma ** 2).mean((1, 2, 3))
+
+# --------------------------------------------------------------------------------------------------
 
 for it in range(start, args.iters + 1):
-    last = it == args.iters
-    stop = run.told_to_stop(it) or last
-    if run.master and args.sample_every and (it % args.sample_every == 0 or last):
-        row_of = lambda net: base.decode(m.backward_simulation(base, net, steps, grid_noise, base.encode(prompts)))
-        with torch.no_grad():
-            m.picture_grid([row_of(reference), row_of(student)], prompts, run.out / f'samples-{it:07d}.png',
-                           ['stage 1', 'stage 2'])
-    if args.eval_every and (it % args.eval_every == 0 or last):
-        evaluate(it)
-    if it > start and (it % args.save_every == 0 or stop) or last:
-        d.save(it, dict(prompts=prompts), stop)
+    # a hung rank ends by itself, with the line at which it stands
+    faulthandler.dump_traceback_later(60 * args.timeout, exit=True)
+    stop = m.any_rank(told, device) or it == args.iters
+    if rank == 0 and args.sample_every and (it % args.sample_every == 0 or it == args.iters):
+        with torch.compiler.set_stance('force_eager'), torch.no_grad():
+            y = base.encode(prompts)
+            rows = [base.decode(m.backward_simulation(base, net, steps, grid_noise, y))
+                    for net in (reference, nets['student'])]
+            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png')
+    if args.eval_every and (it % args.eval_every == 0 or it == args.iters):
+        with torch.compiler.set_stance('force_eager'):
+            evaluate(it)
+    if it > start and (it % args.save_every == 0 or stop):
+        facts = dict(
+            base_model=args.model, recipe=recipe, iteration=it, t5=args.t5, prompts=prompts)
+        m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
+            out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
     if stop:
         break
 
-    if distils(it):                                                    # one iteration of stage 1, described there
-        d.learning_rates(it)
-        turn = it >= alone and (it - alone) // cycle % args.ttur == 0
-        rows = next(loader)
-        run.skipped += int(rows['skipped'].sum())
-        parts = d.parts(it, rows['text'], rows['pixels'])
-        for part in parts:
-            d.student_backward(part, it, turn, 1 / len(parts))
-        sizes = [m.update(d.opts['student'], student)] if turn else []
-        if turn and sizes[0] is not None:
-            m.couple(fake, student, args.couple)
-        for part in parts:
-            d.critic_backward(part, it, 1 / len(parts))
-        run.count(it, sizes + [m.update(d.opts[name], d.nets[name]) for name in d.nets if name != 'student'])
-    else:
-        # one preference update of the student
-        d.learning_rates(it, student=args.rl_lr)
-        s = d.choose(it, 1, rl_steps)
-        parts = d.parts(it, texts(it), extra=args.candidates)
-        next_t = steps[s + 1:s + 2]                                                                  # s'
-        a, sigma = d.schedule.alpha(next_t), d.schedule.sigma(next_t)
-        for part in parts:
-            with d.sync('student', part.last):
-                z_s, t = d.reach(part, s)
-                x0 = d.G(z_s, t, part.y)                                                              # (b, C, h, w)
+    for name, opt in opts.items():
+        rate = rates[name] if name != 'student' or distils(it) else args.rl_lr
+        for group in opt.param_groups:
+            group['lr'] = rate * warmed(it)
+
+    if not distils(it):
+        # one preference update of the student, from step s to the next one, s'
+        s = pick(rl_steps, it, 1)
+        t_next = steps[s + 1:s + 2]
+        a, sigma = schedule.alpha(t_next), schedule.sigma(t_next)
+        texts = captions(it)
+        y = base.encode(texts)
+        eps, _ = m.draw(args.seed, it, mine, (S + args.candidates, *base.latent_shape))
+        for k in range(0, len(mine), args.micro):
+            j = slice(k, k + args.micro)
+            y_j = [v[j] for v in y]
+            eps_steps, eps_next = eps[j].to(device).split([S, args.candidates], 1)
+            with m.sync(student, k + args.micro == len(mine)):
+                z_s, t_s = m.reach(base, student, steps, eps_steps, y_j, s)
+                x0 = base.x0(student, z_s, t_s, y_j)                                # (b, C, h, w)
                 with torch.no_grad():
-                    x_ref = base.x0(fast_reference, z_s, t, part.y)
-                    z = a * x0[:, None] + sigma * part.eps[:, len(steps):]                            # (b, K, C, h, w)
-                    texts_k = [text for text in part.texts for _ in range(args.candidates)]
-                    r = reward(z.flatten(0, 1), next_t.expand(len(texts_k)), texts_k).view(z.shape[:2])      # (b, K)
-                    w, l = (z[torch.arange(len(z)), k] for k in (r.argmax(1), r.argmin(1)))           # (b, C, h, w)
-                    sound = r.isfinite().all(1)                        # a group with a NaN among its rewards teaches nothing
-                # log p(w) / p_ref(w) - log p(l) / p_ref(l): both have the mean alpha' x0, so the squares cancel and what is
-                # left is linear in x0
-                H = (a * (x0 - x_ref) * (w - l) / sigma ** 2).mean((1, 2, 3))                         # (b,), 0 at first
+                    x_ref = base.x0(reference, z_s, t_s, y_j)
+                    z = a * x0[:, None] + sigma * eps_next                       # (b, K, C, h, w)
+                    each = [text for text in texts[j] for _ in range(args.candidates)]
+                    r = reward(z.flatten(0, 1), t_next.expand(len(each)), each).view(z.shape[:2])
+                    w = z[torch.arange(len(z)), r.argmax(1)]                        # (b, C, h, w)
+                    l = z[torch.arange(len(z)), r.argmin(1)]
+                    # a group with a NaN among its rewards teaches nothing
+                    sound = r.isfinite().all(1)
+
+                # eq. 12-13: H = log p(w) / p_ref(w) - log p(l) / p_ref(l). Both have the mean a x0,
+                # so the squares cancel and what is left is linear in x0
+                H = (a * (x0 - x_ref) * (w - l) / sigma ** 2).mean((1, 2, 3))       # (b,), 0 first
                 if args.clamp:
-                    bounds = math.log(1 - args.clamp), math.log(1 + args.clamp)
-                    h_w, h_l = (m.log_ratio(x, x0, x_ref, a, sigma).clamp(*bounds) for x in (w, l))
-                    H = h_w - h_l
-                loss = torch.where(sound, -F.logsigmoid(args.beta * H), 0.).mean()
-                (loss / len(parts)).backward()
-            run.note('rl/loss', loss), run.note('rl/ratio', H.exp().mean()), run.note('rl/unsound', (~sound).float().mean())
+                    least, most = math.log(1 - args.clamp), math.log(1 + args.clamp)
+                    H = (log_ratio(w, x0, x_ref, a, sigma).clamp(least, most)
+                         - log_ratio(l, x0, x_ref, a, sigma).clamp(least, most))
+                L = torch.where(sound, -F.logsigmoid(args.beta * H), 0.).mean()
+                (L / n).backward()
             r = r.masked_fill(~sound[:, None], 0.)
-            run.note(f'reward/{int(steps[s])}', r.mean()), run.note('rl/gap', (r.amax(1) - r.amin(1)).mean())
-        run.count(it, [m.update(d.opts['student'], student)])
+            log('rl/loss', L)
+            log('rl/ratio', H.exp().mean())
+            log('rl/unsound', (~sound).float().mean())
+            log('rl/gap', (r.amax(1) - r.amin(1)).mean())
+            log(f'reward/{int(steps[s])}', r.mean())
+        norms = [m.update(opts['student'], nets['student'])]
+        log.count(it, norms)
+        log.write(it + 1)
+        continue
 
-    if (it + 1) % args.log_every == 0:
-        run.report(it + 1, LINE)
+    # the student learns in this iteration
+    learns = it >= alone and (it - alone) // cycle % args.ttur == 0
 
-run.close(it)
+    # -- one distillation --------------------------------------------------------------------------
+    rows = next(loader)
+    log.skipped += int(rows['skipped'].sum())
+    batches = list(micro_batches(it, rows))
+    s = pick(high if args.split else range(S), it, 1)
+    l = pick(low, it, 2) if args.split else s
+    norms = []
+    for b in batches:
+        with m.sync(student, b.last), torch.set_grad_enabled(learns):
+            # 1. high noise: the student's sample at its step s
+            x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
+            x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
+
+            # 2. low noise: finished without gradient, noised to step l, cleaned once with gradient
+            z = x0
+            if gan and args.split:
+                end = m.backward_simulation(
+                    base, student, steps, b.eps_steps, b.y, first=s + 1, x0=x0.detach())
+                t_l = steps[l].expand(len(end))
+                z = base.x0(student, schedule.noised(end, b.eps_low, t_l), t_l, b.y)
+
+            # 3. the losses are functions of these two: D and the fake score, through which they
+            # go, get no gradient
+            x = x0.detach().requires_grad_(learns)
+            v = z.detach().requires_grad_(learns)
+            made = seen(v, it) if gan else v
+            b.x0, b.made = x.detach(), made.detach()
+            if not learns:
+                continue
+
+            # distribution matching, eq. 4: g = (f - r) / mean|x0 - r| is the slope of L_DM at x0
+            with torch.no_grad():
+                x_tau = schedule.noised(x, b.eps_tau, b.tau)
+                r = base.x0(base.teacher, x_tau, b.tau, b.y, args.cfg)
+                f = base.x0(fake, x_tau, b.tau, b.y)
+                g = (f - r) / (x - r).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+            L_DM = .5 * F.mse_loss(x, (x - g).detach())
+
+            # adversarial, eq. 9; the latent GAN has DMD2's softplus
+            L_adv = torch.zeros((), device=device)
+            if args.gan == 'pixel':
+                L_adv = -D(heads, made, b.eps_made, b.t_adv, b.y).mean()
+            elif args.gan == 'latent':
+                L_adv = F.softplus(-D(heads, made, b.eps_made, b.t_adv, b.y)).mean()
+
+            L = L_DM + args.gan_weight * L_adv
+            d_x, d_v = torch.autograd.grad(L, [x, v], materialize_grads=True)
+            torch.autograd.backward([x0, z], [d_x / n, d_v / n])
+        log(f'dm/{int(steps[s])}', L_DM)
+        log('grad/dm', norm(d_x))
+        if gan:
+            log('gan/g', L_adv)
+            log('grad/gan', norm(d_v))
+
+    if learns:
+        norms.append(m.update(opts['student'], nets['student']))
+        if norms[0] is not None:
+            log('norm/student', norms[0])
+        if norms[0] is not None and args.couple < 1:
+            # coupling, eq. 11: psi <- c psi + (1 - c) theta
+            with torch.no_grad():
+                for psi, theta in zip(weights['fake'].values(), weights['student'].values()):
+                    psi.lerp_(theta, 1 - args.couple)
+
+    for b in batches:
+        with m.sync(fake, b.last), m.sync(heads, b.last):
+            # 4. the fake score learns the student's samples, eq. 6
+            x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
+            out_fake = base.predict(fake, x_t, b.t_fake, b.y)
+            L = F.mse_loss(out_fake, schedule.target(b.x0, b.eps_fake, b.t_fake))
+            log('fake', L)
+
+            # 5. the discriminator tells real from generated, eq. 8
+            if gan:
+                real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
+                both = torch.cat([real, b.made])
+                eps = torch.cat([b.eps_real, b.eps_made])
+                logits = D(heads, both, eps, b.t_D.repeat(2), [torch.cat([v, v]) for v in b.y])
+                real, made = logits.chunk(2)
+                if args.gan == 'pixel':
+                    L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+                    L = L + L_D
+                else:                # DMD2's D is the fake score's own half: it gets a small weight
+                    L_D = F.softplus(-real).mean() + F.softplus(made).mean()
+                    L = L + 1e-2 * L_D
+                log('gan/d', L_D)
+                log('gan/real', real.mean())
+                log('gan/made', made.mean())
+            (L / n).backward()
+    norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']
+    # ----------------------------------------------------------------------------------------------
+
+    log.count(it, norms)
+    log.write(it + 1)
+
+# -- the end ---------------------------------------------------------------------------------------
+faulthandler.cancel_dump_traceback_later()
+if rank == 0 and it < args.iters:
+    print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
+          'from there')
+elif rank == 0:
+    m.curves(out / 'log.jsonl', out / 'curves.png')
+    print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
+          f'minutes, {log.dropped} iterations with a dropped update, {log.skipped} pictures '
+          f'skipped; python sample.py --ckpt {out}')
+m.dist.destroy_process_group()
