@@ -464,8 +464,10 @@ ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0',
 
 def lora_config(net, rank, alpha, targets):
     """peft's LoraConfig for adapters B A alpha / rank on the modules of net whose names end in one
-    of targets ('attention': the projections of all attention layers)."""
+    of targets ('attention': the projections of all attention layers); None for rank 0."""
     from peft import LoraConfig
+    if not rank:
+        return None
     ends = ATTENTION if targets == 'attention' else [x.strip() for x in targets.split(',')]
     found = {}
     for name, layer in net.named_modules():

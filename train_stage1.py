@@ -158,10 +158,8 @@ signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 bf16 = torch.bfloat16 if device.type == 'cuda' else torch.float32
 base = m.load_base(args.model, device, bf16, args.t5, args.offload)
 schedule = base.schedule
-lora = None
-if args.lora:
-    alpha = args.lora_alpha or 2. * args.lora
-    lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
+alpha = args.lora_alpha or 2. * args.lora
+lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
 nets = dict(student=base.trainable(lora), fake=base.trainable(lora))
 # adapters begin at random, but at one place: the coupling mixes them
@@ -171,15 +169,18 @@ if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
     nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing).to(device)
 elif args.gan == 'latent':
-    nets['heads'] = m.Head(base.channels(base.teacher)[-1]).to(device)
+    *_, bottleneck = base.channels(base.teacher)
+    nets['heads'] = m.Head(bottleneck).to(device)
 if args.checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
 weights = {name: m.trained(net) for name, net in nets.items()}
 rates = dict(student=args.student_lr, fake=args.fake_lr, heads=args.heads_lr)
-opts = {name: ZeroRedundancyOptimizer(
-    [*weights[name].values()], torch.optim.AdamW, lr=rates[name], betas=(.9, .999),
-    weight_decay=.01, fused=device.type == 'cuda') for name in nets}        # each rank has a share
+adamw = dict(betas=(.9, .999), weight_decay=.01, fused=device.type == 'cuda')
+opts = {}                                                    # each rank has a share of the moments
+for name, named in weights.items():
+    opts[name] = ZeroRedundancyOptimizer(
+        list(named.values()), torch.optim.AdamW, lr=rates[name], **adamw)
 # --------------------------------------------------------------------------------------------------
 
 m.load_state(state, weights, opts)
@@ -189,7 +190,9 @@ if args.compile:
     for net in (base.teacher, base.vae.decoder, *nets.values()):
         net.compile(fullgraph=True, dynamic=False)
 # as the loop calls them: gradients are averaged over ranks
-student, fake, heads = (m.parallel(nets.get(name), device) for name in ('student', 'fake', 'heads'))
+student = m.parallel(nets['student'], device)
+fake = m.parallel(nets['fake'], device)
+heads = m.parallel(nets.get('heads'), device)
 # the student's steps, by SNR: SDXL 999, 749, 499 | 249, SD3 1000, 900, 750 | 500
 S = args.steps
 steps = schedule.steps(S).to(device)
@@ -206,19 +209,20 @@ if args.gan_crop % scale or args.gan_crop > base.size:
 pictures = m.Pictures(
     args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
 prompts = m.read_prompts(args.prompts)[:8]
-grid_noise = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))[0].to(device)
+grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
+grid_noise = grid_noise.to(device)
 log = m.Log(out, start, device, args)
 # --------------------------------------------------------------------------------------------------
 
 loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, {count:.1f} M trained '
-          f'parameters, {len(pictures.rows)} pictures, steps {steps.long().tolist()}, batch '
-          f'{args.batch} = {world} ranks x {n} x {args.micro}, from iteration {start}')
-    print(' '.join(f'--{name} {getattr(args, name)}' for name in (
-        'cfg', 'gan', 'gan_weight', 'split', 'ttur', 'couple', 'lora', 'student_lr', 'fake_lr',
-        'heads_lr')))
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}')
+    print(f'{count:.1f} M trained parameters, {len(pictures.rows)} pictures, steps '
+          f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}, from '
+          f'iteration {start}')
+    shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
+    print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
     if args.sample_every:
         teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg)
 
@@ -226,36 +230,37 @@ if rank == 0:
 
 def micro_batches(it, rows):
     """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
-    random number that an iteration needs."""
+    random number that an iteration needs, eps_ (b, C, h, w) and times t (b,)."""
     eps, u = m.draw(args.seed, it, mine, (S + 5, *base.latent_shape))
     y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
         j = slice(k, k + args.micro)
-        normal = eps[j].to(device)                                          # (b, S + 5, C, h, w)
-        uniform = u[j].to(device)                                           # (b, 4)
-        yield SimpleNamespace(
-            last=k + args.micro == len(mine),
-            y=[v[j] for v in y],
-            real=rows['pixels'][j].to(device),                              # (b, 3, H, W)
-            eps_steps=normal[:, :S],                                        # of the student's steps
-            eps_tau=normal[:, S], tau=schedule.between(uniform[:, 0], 20, 980),
-            eps_low=normal[:, S + 1],
-            eps_made=normal[:, S + 2], t_adv=schedule.between(uniform[:, 1], 0, 999),
-            eps_fake=normal[:, S + 3], t_fake=schedule.training(uniform[:, 2]),
-            eps_real=normal[:, S + 4], t_D=schedule.between(uniform[:, 3], 0, 999))
+        normals = eps[j].to(device)
+        u_tau, u_adv, u_fake, u_D = u[j].to(device).unbind(1)
+        b = SimpleNamespace(y=[v[j] for v in y], real=rows['pixels'][j].to(device))
+        b.last = j.stop == len(mine)
+        b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
+        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:].unbind(1)
+        b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
+        b.t_fake = schedule.training(u_fake)           # of the fake score's own loss
+        b.t_adv = schedule.between(u_adv, 0, 999)      # of the latent GAN
+        b.t_D = schedule.between(u_D, 0, 999)
+        yield b
 
 def pick(pool, it, key):
     """One of pool, the same on every rank."""
     stream = m.generator(args.seed, it, 2 ** 31 + key)
-    return pool[torch.randint(len(pool), (1,), generator=stream).item()]
+    place = torch.randint(len(pool), (1,), generator=stream)
+    return pool[place.item()]
 
 def crop(x, it):
     """The random square of --gan_crop of iteration it, of latents or of pixels (b, C, H, W)."""
-    unit = x.shape[-1] // base.latent_shape[-1]
+    whole = base.latent_shape[-1]
     side = (args.gan_crop or base.size) // scale
     stream = m.generator(args.seed, it, 2 ** 31)
-    top, left = torch.randint(base.latent_shape[-1] - side + 1, (2,), generator=stream).tolist()
-    return x[..., top * unit:(top + side) * unit, left * unit:(left + side) * unit]
+    unit = x.shape[-1] // whole
+    top, left = unit * torch.randint(whole - side + 1, (2,), generator=stream)
+    return x[..., top:top + unit * side, left:left + unit * side]
 
 def seen(z, it):
     """What D sees of latents z: pixels, or with --gan latent themselves."""
@@ -266,7 +271,8 @@ def D(net, x, eps, t, y):
     """Logits (b, 1) or (b, heads) of pixels; with --gan latent of latents, noised to t, through the
     first half of the fake score."""
     if args.gan == 'latent':
-        return net(base.features(nets['fake'], schedule.noised(x, eps, t), t, y)[-1])
+        x_t = schedule.noised(x, eps, t)
+        return net(base.features(nets['fake'], x_t, t, y)[-1])
     with base.autocast():
         return net(x).float()
 
@@ -276,7 +282,9 @@ def norm(d):
 
 def warmed(it):
     """Share of the learning rates: linear warm-up and cool-down."""
-    return min(1., (it + 1) / max(1, args.warmup), (args.iters - it) / max(1, args.cooldown))
+    up = (it + 1) / max(1, args.warmup)
+    down = (args.iters - it) / max(1, args.cooldown)
+    return min(1., up, down)
 
 # --------------------------------------------------------------------------------------------------
 
@@ -322,7 +330,8 @@ for it in range(start, args.iters + 1):
                 end = m.backward_simulation(
                     base, student, steps, b.eps_steps, b.y, first=s + 1, x0=x0.detach())
                 t_l = steps[l].expand(len(end))
-                z = base.x0(student, schedule.noised(end, b.eps_low, t_l), t_l, b.y)
+                x_l = schedule.noised(end, b.eps_low, t_l)
+                z = base.x0(student, x_l, t_l, b.y)                                 # (b, C, h, w)
 
             # 3. the losses are functions of these two: D and the fake score, through which they
             # go, get no gradient
@@ -343,10 +352,9 @@ for it in range(start, args.iters + 1):
 
             # adversarial, eq. 9; the latent GAN has DMD2's softplus
             L_adv = torch.zeros((), device=device)
-            if args.gan == 'pixel':
-                L_adv = -D(heads, made, b.eps_made, b.t_adv, b.y).mean()
-            elif args.gan == 'latent':
-                L_adv = F.softplus(-D(heads, made, b.eps_made, b.t_adv, b.y)).mean()
+            if gan:
+                logits = D(heads, made, b.eps_made, b.t_adv, b.y)
+                L_adv = -logits.mean() if args.gan == 'pixel' else F.softplus(-logits).mean()
 
             L = L_DM + args.gan_weight * L_adv
             d_x, d_v = torch.autograd.grad(L, [x, v], materialize_grads=True)
@@ -359,28 +367,27 @@ for it in range(start, args.iters + 1):
 
     if learns:
         norms.append(m.update(opts['student'], nets['student']))
-        if norms[0] is not None:
-            log('norm/student', norms[0])
-        if norms[0] is not None and args.couple < 1:
-            # coupling, eq. 11: psi <- c psi + (1 - c) theta
-            with torch.no_grad():
-                for psi, theta in zip(weights['fake'].values(), weights['student'].values()):
-                    psi.lerp_(theta, 1 - args.couple)
+    if learns and norms[0] is not None:
+        log('norm/student', norms[0])
+        # coupling, eq. 11: psi <- c psi + (1 - c) theta
+        with torch.no_grad():
+            for name, psi in weights['fake'].items():
+                psi.lerp_(weights['student'][name], 1 - args.couple)
 
     for b in batches:
         with m.sync(fake, b.last), m.sync(heads, b.last):
             # 4. the fake score learns the student's samples, eq. 6
             x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
-            out_fake = base.predict(fake, x_t, b.t_fake, b.y)
-            L = F.mse_loss(out_fake, schedule.target(b.x0, b.eps_fake, b.t_fake))
+            target = schedule.target(b.x0, b.eps_fake, b.t_fake)
+            L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
             log('fake', L)
 
             # 5. the discriminator tells real from generated, eq. 8
             if gan:
                 real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
-                both = torch.cat([real, b.made])
                 eps = torch.cat([b.eps_real, b.eps_made])
-                logits = D(heads, both, eps, b.t_D.repeat(2), [torch.cat([v, v]) for v in b.y])
+                y = [torch.cat([v, v]) for v in b.y]
+                logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
                 real, made = logits.chunk(2)
                 if args.gan == 'pixel':
                     L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()

@@ -187,8 +187,8 @@ m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n
 if args.clamp >= 1:
     m.die(f'--clamp {args.clamp} must be below 1')
 if args.lora != adapters['rank']:
-    m.die(f'--lora {args.lora}: the student in {folder} is one of --lora {adapters["rank"]} and stays '
-          'one; leave --lora away')
+    m.die(f'--lora {args.lora}: the student in {folder} is one of --lora {adapters["rank"]} and '
+          'stays one; leave --lora away')
 
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
@@ -213,10 +213,8 @@ signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 bf16 = torch.bfloat16 if device.type == 'cuda' else torch.float32
 base = m.load_base(args.model, device, bf16, args.t5, args.offload)
 schedule = base.schedule
-lora = None
-if args.lora:
-    alpha = args.lora_alpha or 2. * args.lora
-    lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
+alpha = args.lora_alpha or 2. * args.lora
+lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
 nets = dict(student=base.trainable(lora), fake=base.trainable(lora))
 # adapters begin at random, but at one place: the coupling mixes them
@@ -226,15 +224,18 @@ if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
     nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing).to(device)
 elif args.gan == 'latent':
-    nets['heads'] = m.Head(base.channels(base.teacher)[-1]).to(device)
+    *_, bottleneck = base.channels(base.teacher)
+    nets['heads'] = m.Head(bottleneck).to(device)
 if args.checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
 weights = {name: m.trained(net) for name, net in nets.items()}
 rates = dict(student=args.student_lr, fake=args.fake_lr, heads=args.heads_lr)
-opts = {name: ZeroRedundancyOptimizer(
-    [*weights[name].values()], torch.optim.AdamW, lr=rates[name], betas=(.9, .999),
-    weight_decay=.01, fused=device.type == 'cuda') for name in nets}        # each rank has a share
+adamw = dict(betas=(.9, .999), weight_decay=.01, fused=device.type == 'cuda')
+opts = {}                                                    # each rank has a share of the moments
+for name, named in weights.items():
+    opts[name] = ZeroRedundancyOptimizer(
+        list(named.values()), torch.optim.AdamW, lr=rates[name], **adamw)
 # --------------------------------------------------------------------------------------------------
 
 # stage 1's networks as it left them; the reference is its student, to the bit: first ratios are 1
@@ -252,7 +253,9 @@ if args.compile:
     for net in (base.teacher, base.vae.decoder, *nets.values()):
         net.compile(fullgraph=True, dynamic=False)
 # as the loop calls them: gradients are averaged over ranks
-student, fake, heads = (m.parallel(nets.get(name), device) for name in ('student', 'fake', 'heads'))
+student = m.parallel(nets['student'], device)
+fake = m.parallel(nets['fake'], device)
+heads = m.parallel(nets.get('heads'), device)
 # the student's steps, by SNR: SDXL 999, 749, 499 | 249, SD3 1000, 900, 750 | 500
 S = args.steps
 steps = schedule.steps(S).to(device)
@@ -280,24 +283,23 @@ def distils(it):
     return args.joint and (it < alone or (it - alone) % cycle == 0)
 
 # --------------------------------------------------------------------------------------------------
-# the reward, and what an evaluation looks at beside it
+# the reward, and the networks that judge the evaluations
 
-def scorer_of(name, source, option):
-    """A reward of pictures; None, with a line, where it cannot be had and is not the reward."""
+sources = {name: score[1] for name, score in R.SCORES.items()}
+sources |= dict(clip=args.judge, pickscore=args.pickscore)
+wanted = {'clip', 'pickscore'} if args.eval_every else set()
+wanted |= {args.reward} - {'latent'}
+scorers = {}
+for name in sorted(wanted):
     try:
-        return R.SCORES[name][0](source, device)
+        scorers[name] = R.SCORES[name][0](sources[name], device)
     except R.Unavailable as error:
-        if option == '--reward':
+        if name == args.reward:
             m.die(f'--reward {name}: {error}')
         if rank == 0:
-            print(f'{option}: {error}; its columns are left out')
-
-scorer = None
+            print(f'{name}: {error}; evaluations go without')
 if args.reward == 'latent':
     lrm = m.load_latent_reward(args.lrm, base)
-else:
-    source = args.pickscore if args.reward == 'pickscore' else R.SCORES[args.reward][1]
-    scorer = scorer_of(args.reward, source, '--reward')
 
 def reward(z, t, prompts):
     """The reward of noisy latents z (B, C, h, w) at times t (B,): (B,)."""
@@ -309,15 +311,16 @@ def reward(z, t, prompts):
         j = slice(k, k + args.micro)
         x0 = base.x0(student, z[j], t[j], [v[j] for v in y])
         with base.autocast():
-            pixels = base.decode(x0)
-        found.append(scorer.score((pixels.float() / 2 + .5).clamp(0, 1), prompts[j]))
+            pixels = base.decode(x0).float()
+        found.append(scorers[args.reward].score((pixels / 2 + .5).clamp(0, 1), prompts[j]))
     return torch.cat(found)
 
 # -- data, log -------------------------------------------------------------------------------------
 pictures = m.Pictures(
     args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
 prompts = m.read_prompts(args.prompts)[:8]
-grid_noise = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))[0].to(device)
+grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
+grid_noise = grid_noise.to(device)
 log = m.Log(out, start, device, args)
 # --------------------------------------------------------------------------------------------------
 
@@ -333,23 +336,24 @@ if rank == 0:
           f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
           f'discriminator alone, from iteration {start}')
 
+# --------------------------------------------------------------------------------------------------
+# evaluations
+
 watched = m.read_prompts(args.prompts)[:args.eval_n]
-if args.eval_every:
-    clip = scorer_of('clip', args.judge, '--judge')
-    pickscore = scorer if args.reward == 'pickscore' else scorer_of(
-        'pickscore', args.pickscore, '--pickscore')
-    if clip and rank == 0:
-        real = m.Pictures(args.real or args.data, args.real_files if args.real else args.data_files,
-                          args.image_column, args.text_column, base.size, args.seed, '--real')
-        real = torch.cat([clip.embed_images(real[i]['pixels'][None] / 2 + .5).cpu()
-                          for i in range(min(512, len(real.rows)))])                    # (n, D)
-        file = Path(args.prompts).with_suffix('.hard.txt')
-        hard = [line.split('\t') for line in m.read_prompts(file)] if file.exists() else []
-        hard = hard or [[]] * len(watched)
-    # they wait in main memory while the run trains, but for one that is the reward
-    waiting = [x.clip for x in (clip, pickscore) if x and x is not scorer]
-    for net in waiting:
-        net.to('cpu')
+clip = scorers.get('clip')
+if clip and args.eval_every and rank == 0:
+    source, files = (args.real, args.real_files) if args.real else (args.data, args.data_files)
+    real = m.Pictures(source, files, args.image_column, args.text_column, base.size, args.seed,
+                      '--real')
+    real = [real[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(real.rows)))]
+    real = torch.cat([clip.embed_images(x.to(device)).cpu() for x in real])               # (n, D)
+    file = Path(args.prompts).with_suffix('.hard.txt')
+    hard = [line.split('\t') for line in m.read_prompts(file)] if file.exists() else []
+    hard = hard or [[]] * len(watched)
+# they wait in main memory while the run trains, but for one that is the reward
+waiting = [scorer.clip for name, scorer in scorers.items() if name != args.reward]
+for net in waiting:
+    net.to('cpu')
 
 @torch.no_grad()
 def evaluate(it):
@@ -358,75 +362,76 @@ def evaluate(it):
     for net in waiting:
         net.to(device)
     own = range(rank, len(watched), world)
-    scores, vectors = {}, {}
+    found = {}
     for k in range(0, len(own), args.micro):
         index = own[k:k + args.micro]
         texts = [watched[i] for i in index]
-        noise = m.draw(args.seed, 1, index, (S + 1, *base.latent_shape))[0].to(device)
+        noise, _ = m.draw(args.seed, 1, index, (S + 1, *base.latent_shape))
+        noise = noise.to(device)
         z = m.backward_simulation(base, nets['student'], steps, noise, base.encode(texts))
         x = (base.decode(z) / 2 + .5).clamp(0, 1)                                   # (b, 3, H, W)
         t = steps[-1].expand(len(z))
-        row = dict(reward=reward(schedule.noised(z, noise[:, -1], t), t, texts),
-                   brightness=x.mean((1, 2, 3)), saturation=(x.amax(1) - x.amin(1)).mean((1, 2)))
-        if pickscore:
-            row['pickscore'] = pickscore.score(x, texts)
+        scores = dict(reward=reward(schedule.noised(z, noise[:, -1], t), t, texts))
+        scores['brightness'] = x.mean((1, 2, 3))
+        scores['saturation'] = (x.amax(1) - x.amin(1)).mean((1, 2))
+        if 'pickscore' in scorers:
+            scores['pickscore'] = scorers['pickscore'].score(x, texts)
         if clip:
-            vectors |= dict(zip(index, clip.embed_images(x).cpu()))
+            scores['vector'] = clip.embed_images(x)
         for j, i in enumerate(index):
-            scores[i] = {name: value[j].item() for name, value in row.items()}
-    shares = m.gathered((scores, vectors))
+            found[i] = {name: value[j].cpu() for name, value in scores.items()}
+    shares = m.gathered(found)
     for net in waiting:
         net.to('cpu')
     if rank:
         return
-    scores = {i: row for share, _ in shares for i, row in share.items()}
-    vectors = {i: v for _, share in shares for i, v in share.items()}
-    row = dict(iteration=it)
-    for name in scores[0]:
-        row[name] = sum(scores[i][name] for i in range(len(watched))) / len(watched)
+    found = {i: scores for share in shares for i, scores in share.items()}
+    scores = {name: torch.stack([found[i][name] for i in range(len(watched))]) for name in found[0]}
+    vectors = scores.pop('vector', None)                                                  # (n, D)
+    row = {name: value.mean().item() for name, value in scores.items()}
     if clip:
-        v = torch.stack([vectors[i] for i in range(len(watched))])                         # (n, D)
-        won = R.r_precision(clip, v, range(len(v)), watched, hard, args.seed)
-        row |= dict(rprecision=won.mean().item(), cmmd=R.cmmd(v, real))
+        won = R.r_precision(clip, vectors, range(len(watched)), watched, hard, args.seed)
+        row |= dict(rprecision=won.mean().item(), cmmd=R.cmmd(vectors, real))
     print(f'{it:5d}/{args.iters}  evaluation  '
-          + '  '.join(f'{name} {value:.4f}' for name, value in row.items() if name != 'iteration'))
+          + '  '.join(f'{name} {value:.4f}' for name, value in row.items()), flush=True)
     with (out / 'eval.jsonl').open('a') as file:
-        file.write(json.dumps(row) + '\n')
+        file.write(json.dumps(dict(iteration=it) | row) + '\n')
 
 # -- pieces of an iteration ------------------------------------------------------------------------
 
 def micro_batches(it, rows):
     """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
-    random number that an iteration needs."""
+    random number that an iteration needs, eps_ (b, C, h, w) and times t (b,)."""
     eps, u = m.draw(args.seed, it, mine, (S + 5, *base.latent_shape))
     y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
         j = slice(k, k + args.micro)
-        normal = eps[j].to(device)                                          # (b, S + 5, C, h, w)
-        uniform = u[j].to(device)                                           # (b, 4)
-        yield SimpleNamespace(
-            last=k + args.micro == len(mine),
-            y=[v[j] for v in y],
-            real=rows['pixels'][j].to(device),                              # (b, 3, H, W)
-            eps_steps=normal[:, :S],                                        # of the student's steps
-            eps_tau=normal[:, S], tau=schedule.between(uniform[:, 0], 20, 980),
-            eps_low=normal[:, S + 1],
-            eps_made=normal[:, S + 2], t_adv=schedule.between(uniform[:, 1], 0, 999),
-            eps_fake=normal[:, S + 3], t_fake=schedule.training(uniform[:, 2]),
-            eps_real=normal[:, S + 4], t_D=schedule.between(uniform[:, 3], 0, 999))
+        normals = eps[j].to(device)
+        u_tau, u_adv, u_fake, u_D = u[j].to(device).unbind(1)
+        b = SimpleNamespace(y=[v[j] for v in y], real=rows['pixels'][j].to(device))
+        b.last = j.stop == len(mine)
+        b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
+        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:].unbind(1)
+        b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
+        b.t_fake = schedule.training(u_fake)           # of the fake score's own loss
+        b.t_adv = schedule.between(u_adv, 0, 999)      # of the latent GAN
+        b.t_D = schedule.between(u_D, 0, 999)
+        yield b
 
 def pick(pool, it, key):
     """One of pool, the same on every rank."""
     stream = m.generator(args.seed, it, 2 ** 31 + key)
-    return pool[torch.randint(len(pool), (1,), generator=stream).item()]
+    place = torch.randint(len(pool), (1,), generator=stream)
+    return pool[place.item()]
 
 def crop(x, it):
     """The random square of --gan_crop of iteration it, of latents or of pixels (b, C, H, W)."""
-    unit = x.shape[-1] // base.latent_shape[-1]
+    whole = base.latent_shape[-1]
     side = (args.gan_crop or base.size) // scale
     stream = m.generator(args.seed, it, 2 ** 31)
-    top, left = torch.randint(base.latent_shape[-1] - side + 1, (2,), generator=stream).tolist()
-    return x[..., top * unit:(top + side) * unit, left * unit:(left + side) * unit]
+    unit = x.shape[-1] // whole
+    top, left = unit * torch.randint(whole - side + 1, (2,), generator=stream)
+    return x[..., top:top + unit * side, left:left + unit * side]
 
 def seen(z, it):
     """What D sees of latents z: pixels, or with --gan latent themselves."""
@@ -437,7 +442,8 @@ def D(net, x, eps, t, y):
     """Logits (b, 1) or (b, heads) of pixels; with --gan latent of latents, noised to t, through the
     first half of the fake score."""
     if args.gan == 'latent':
-        return net(base.features(nets['fake'], schedule.noised(x, eps, t), t, y)[-1])
+        x_t = schedule.noised(x, eps, t)
+        return net(base.features(nets['fake'], x_t, t, y)[-1])
     with base.autocast():
         return net(x).float()
 
@@ -447,7 +453,9 @@ def norm(d):
 
 def warmed(it):
     """Share of the learning rates: linear warm-up and cool-down."""
-    return min(1., (it + 1) / max(1, args.warmup), (args.iters - it) / max(1, args.cooldown))
+    up = (it + 1) / max(1, args.warmup)
+    down = (args.iters - it) / max(1, args.cooldown)
+    return min(1., up, down)
 
 # --------------------------------------------------------------------------------------------------
 
@@ -557,7 +565,8 @@ for it in range(start, args.iters + 1):
                 end = m.backward_simulation(
                     base, student, steps, b.eps_steps, b.y, first=s + 1, x0=x0.detach())
                 t_l = steps[l].expand(len(end))
-                z = base.x0(student, schedule.noised(end, b.eps_low, t_l), t_l, b.y)
+                x_l = schedule.noised(end, b.eps_low, t_l)
+                z = base.x0(student, x_l, t_l, b.y)                                 # (b, C, h, w)
 
             # 3. the losses are functions of these two: D and the fake score, through which they
             # go, get no gradient
@@ -578,10 +587,9 @@ for it in range(start, args.iters + 1):
 
             # adversarial, eq. 9; the latent GAN has DMD2's softplus
             L_adv = torch.zeros((), device=device)
-            if args.gan == 'pixel':
-                L_adv = -D(heads, made, b.eps_made, b.t_adv, b.y).mean()
-            elif args.gan == 'latent':
-                L_adv = F.softplus(-D(heads, made, b.eps_made, b.t_adv, b.y)).mean()
+            if gan:
+                logits = D(heads, made, b.eps_made, b.t_adv, b.y)
+                L_adv = -logits.mean() if args.gan == 'pixel' else F.softplus(-logits).mean()
 
             L = L_DM + args.gan_weight * L_adv
             d_x, d_v = torch.autograd.grad(L, [x, v], materialize_grads=True)
@@ -594,28 +602,27 @@ for it in range(start, args.iters + 1):
 
     if learns:
         norms.append(m.update(opts['student'], nets['student']))
-        if norms[0] is not None:
-            log('norm/student', norms[0])
-        if norms[0] is not None and args.couple < 1:
-            # coupling, eq. 11: psi <- c psi + (1 - c) theta
-            with torch.no_grad():
-                for psi, theta in zip(weights['fake'].values(), weights['student'].values()):
-                    psi.lerp_(theta, 1 - args.couple)
+    if learns and norms[0] is not None:
+        log('norm/student', norms[0])
+        # coupling, eq. 11: psi <- c psi + (1 - c) theta
+        with torch.no_grad():
+            for name, psi in weights['fake'].items():
+                psi.lerp_(weights['student'][name], 1 - args.couple)
 
     for b in batches:
         with m.sync(fake, b.last), m.sync(heads, b.last):
             # 4. the fake score learns the student's samples, eq. 6
             x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
-            out_fake = base.predict(fake, x_t, b.t_fake, b.y)
-            L = F.mse_loss(out_fake, schedule.target(b.x0, b.eps_fake, b.t_fake))
+            target = schedule.target(b.x0, b.eps_fake, b.t_fake)
+            L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
             log('fake', L)
 
             # 5. the discriminator tells real from generated, eq. 8
             if gan:
                 real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
-                both = torch.cat([real, b.made])
                 eps = torch.cat([b.eps_real, b.eps_made])
-                logits = D(heads, both, eps, b.t_D.repeat(2), [torch.cat([v, v]) for v in b.y])
+                y = [torch.cat([v, v]) for v in b.y]
+                logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
                 real, made = logits.chunk(2)
                 if args.gan == 'pixel':
                     L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
