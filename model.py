@@ -229,8 +229,8 @@ def load_pipeline(name, flag, dtype, t5=None):
     return pipe
 
 def hub_id(name):
-    """Whether a name that is no path can be one on the Hugging Face hub."""
-    return str(name).count('/') >= 1 and str(name)[0] not in './~'
+    """Whether a name that is no path can be one on the Hugging Face hub, owner/name."""
+    return str(name).count('/') == 1 and str(name)[0] not in './~'
 
 def text_length(pipe):
     """Arguments for encode_prompt and a call of `pipe` that fix the length of its T5 context, where
@@ -653,16 +653,16 @@ def load_latent_reward(name, base, flag='--lrm'):
     way_out = (f'give {flag} a folder with {base.part}/, text_encoder/, text_encoder_2/ and '
                'state_dict.pt; for a base model that has none, train one as tests/make_toy.py '
                'does, or go on with train_stage1.py')
-    if not folder.exists() and not hub_id(name):
+    repo, inside = '/'.join(folder.parts[:2]), folder.parts[2:]
+    if not folder.exists() and not hub_id(repo):
         die(f'{flag} {name} does not exist; {way_out}')
     dtype = base.teacher.dtype
     with sentence(f'{flag} {name} could not be loaded or downloaded; {way_out}'):
         if not folder.exists():
             import huggingface_hub
-            owner, repo, *inside = str(name).split('/')
-            files = ['/'.join([*inside, '*'])]
-            repo = huggingface_hub.snapshot_download(f'{owner}/{repo}', allow_patterns=files)
-            folder = Path(repo, *inside)
+            files = '/'.join([*inside, '*'])
+            whole = huggingface_hub.snapshot_download(repo, allow_patterns=files)
+            folder = Path(whole, *inside)
         net, info = type(base.teacher).from_pretrained(
             folder / base.part, dtype=dtype, output_loading_info=True)
         texts = [type(getattr(base.pipe, k)).from_pretrained(folder / k, dtype=dtype)
@@ -946,20 +946,18 @@ def quiet():
 def launch(minutes):
     """Joins the ranks that torchrun started: (rank, number of ranks, device). minutes: how long a
     collective waits for the others."""
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in (
-        ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    device = torch.device('cpu')
-    backend = 'gloo'
+    names = dict(RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, WORLD_SIZE=1)
+    rank, local, here, world = (int(os.environ.get(name, least)) for name, least in names.items())
+    device, backend = torch.device('cpu'), 'gloo'
     if torch.cuda.is_available():
-        here, cards = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
+        cards = torch.cuda.device_count()
         if max(here, local + 1) > cards:
             die(f'--nproc_per_node: {here} ranks on this machine, which has {cards} CUDA devices; '
                 'each rank needs its own')
-        device = torch.device('cuda', local)
-        backend = 'cpu:gloo,cuda:nccl'
+        device, backend = torch.device('cuda', local), 'cpu:gloo,cuda:nccl'
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-    if sys.platform == 'linux':
+    if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
         # PR_SET_PDEATHSIG: a rank without its torchrun would go on saving into the folder of the
         # run that is started in its place
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -1004,6 +1002,7 @@ def parallel(net, device):
     """net as the loop calls it: DDP, which averages gradients over ranks. None stays None."""
     if net is None:
         return None
+    warnings.filterwarnings('ignore', message='.*broadcast_buffers')         # torch 2.14's, of DDP
     return DDP(net, device_ids=[device.index] if device.type == 'cuda' else None,
                broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -1226,10 +1225,12 @@ class Log:
         if dist.get_rank():
             return
         # a killed run has logged beyond its last save, and perhaps half a line
+        self.file.touch()
         for file, until in (self.file, start), (out / 'eval.jsonl', start - 1):
             lines = file.read_text().splitlines() if file.exists() else []
-            lines = [x for x in lines if x.endswith('}') and json.loads(x)['iteration'] <= until]
-            file.write_text(''.join(f'{x}\n' for x in lines))
+            kept = [x for x in lines if x.endswith('}') and json.loads(x)['iteration'] <= until]
+            if kept != lines:
+                file.write_text(''.join(f'{x}\n' for x in kept))
         (out / 'args.json').write_text(json.dumps(vars(args), indent=1))
         if args.wandb:
             import wandb

@@ -150,13 +150,13 @@ out = m.writable_folder(args.out, '--out')
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 began = time.time()
-told = []                                                                   # to stop
+told = []                                      # SIGTERM: the iteration is finished, then a save
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 
 # -- networks --------------------------------------------------------------------------------------
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
-bf16 = torch.bfloat16 if device.type == 'cuda' else torch.float32
-base = m.load_base(args.model, device, bf16, args.t5, args.offload)
+dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32        # of what is frozen
+base = m.load_base(args.model, device, dtype, args.t5, args.offload)
 schedule = base.schedule
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
@@ -185,7 +185,7 @@ for name, named in weights.items():
 
 m.load_state(state, weights, opts)
 
-# -- split -----------------------------------------------------------------------------------------
+# -- ranks and split -------------------------------------------------------------------------------
 if args.compile:
     for net in (base.teacher, base.vae.decoder, *nets.values()):
         net.compile(fullgraph=True, dynamic=False)
@@ -224,7 +224,8 @@ if rank == 0:
     shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
     print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
     if args.sample_every:
-        teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg)
+        with torch.compiler.set_stance('force_eager'):          # compiled graphs are of --micro
+            teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg)
 
 # -- pieces of an iteration ------------------------------------------------------------------------
 
@@ -299,8 +300,9 @@ for it in range(start, args.iters + 1):
             rows = [teacher_row, base.decode(z)]
             m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png')
     if it > start and (it % args.save_every == 0 or stop):
-        facts = dict(
-            base_model=args.model, recipe=recipe, iteration=it, t5=args.t5, prompts=prompts)
+        # the recipe tells stage 2 and evaluate.py which defaults are theirs
+        facts = dict(base_model=args.model, recipe=recipe.removesuffix('-dmd2'), iteration=it,
+                     t5=args.t5, prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
             out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
     if stop:

@@ -161,14 +161,14 @@ flag('--real_files', default='', help='which files of --real')
 # --------------------------------------------------------------------------------------------------
 
 chosen = p.parse_known_args()[0]
-folder, found = m.find_student(chosen.init, '--init', ['out/stage1'])
-recipe = chosen.recipe or found['recipe']
+folder, origin = m.find_student(chosen.init, '--init', ['out/stage1'])
+recipe = chosen.recipe or origin['recipe']
 if recipe not in RECIPES:
     m.die(f'--init {folder}: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
-if not chosen.init and recipe != found['recipe']:
-    m.die(f'--recipe {recipe}: the newest student, {folder}, is of recipe {found["recipe"]}; run '
+if not chosen.init and recipe != origin['recipe']:
+    m.die(f'--recipe {recipe}: the newest student, {folder}, is of recipe {origin["recipe"]}; run '
           f'train_stage1.py --recipe {recipe} first, or give --init')
-adapters = found.get('lora') or dict(rank=0, alpha=0., targets=['attention'])
+adapters = origin.get('lora') or dict(rank=0, alpha=0., targets=['attention'])
 file = folder.parent / 'args.json'
 with m.sentence(f'--init: {file} is damaged; choose another --init'):
     handed = json.loads(file.read_text()) if file.exists() else {}
@@ -179,9 +179,10 @@ p.set_defaults(**RECIPES[recipe])
 if adapters['rank']:
     p.set_defaults(**LORA_RATES.get(recipe, {}))
 p.set_defaults(
-    **handed, model=found['base_model'], steps=len(found['steps']), t5=found.get('t5'),
+    **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
 args = p.parse_args()
+args.recipe, args.init = recipe, str(folder)
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
            rl_lr=0)
 if args.clamp >= 1:
@@ -205,13 +206,13 @@ out = m.writable_folder(args.out, '--out')
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 began = time.time()
-told = []                                                                   # to stop
+told = []                                      # SIGTERM: the iteration is finished, then a save
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 
 # -- networks --------------------------------------------------------------------------------------
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
-bf16 = torch.bfloat16 if device.type == 'cuda' else torch.float32
-base = m.load_base(args.model, device, bf16, args.t5, args.offload)
+dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32        # of what is frozen
+base = m.load_base(args.model, device, dtype, args.t5, args.offload)
 schedule = base.schedule
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
@@ -248,7 +249,7 @@ if args.compile:
     reference.compile(fullgraph=True, dynamic=False)
 m.load_state(state, weights, opts)
 
-# -- split -----------------------------------------------------------------------------------------
+# -- ranks and split -------------------------------------------------------------------------------
 if args.compile:
     for net in (base.teacher, base.vae.decoder, *nets.values()):
         net.compile(fullgraph=True, dynamic=False)
@@ -306,14 +307,14 @@ def reward(z, t, prompts):
     if args.reward == 'latent':
         return lrm(z, t, lrm.encode(prompts))
     y = base.encode(prompts)
-    found = []
+    rewards = []
     for k in range(0, len(z), args.micro):           # each takes 3.2 GB at 1024 px (tests/bench.py)
         j = slice(k, k + args.micro)
         x0 = base.x0(student, z[j], t[j], [v[j] for v in y])
         with base.autocast():
             pixels = base.decode(x0).float()
-        found.append(scorers[args.reward].score((pixels / 2 + .5).clamp(0, 1), prompts[j]))
-    return torch.cat(found)
+        rewards.append(scorers[args.reward].score((pixels / 2 + .5).clamp(0, 1), prompts[j]))
+    return torch.cat(rewards)
 
 # -- data, log -------------------------------------------------------------------------------------
 pictures = m.Pictures(
@@ -329,7 +330,7 @@ loader = pictures.batches(
 rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
 if rank == 0:
     print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from {folder}, '
-          f'iteration {found["iteration"]}; weights and moments of its state: '
+          f'iteration {origin["iteration"]}; weights and moments of its state: '
           f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
     print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
     print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
@@ -343,10 +344,10 @@ watched = m.read_prompts(args.prompts)[:args.eval_n]
 clip = scorers.get('clip')
 if clip and args.eval_every and rank == 0:
     source, files = (args.real, args.real_files) if args.real else (args.data, args.data_files)
-    real = m.Pictures(source, files, args.image_column, args.text_column, base.size, args.seed,
-                      '--real')
-    real = [real[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(real.rows)))]
-    real = torch.cat([clip.embed_images(x.to(device)).cpu() for x in real])               # (n, D)
+    photos = m.Pictures(source, files, args.image_column, args.text_column, base.size, args.seed,
+                        '--real')
+    photos = [photos[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(photos.rows)))]
+    photos = torch.cat([clip.embed_images(x.to(device)).cpu() for x in photos])           # (n, D)
     file = Path(args.prompts).with_suffix('.hard.txt')
     hard = [line.split('\t') for line in m.read_prompts(file)] if file.exists() else []
     hard = hard or [[]] * len(watched)
@@ -391,7 +392,7 @@ def evaluate(it):
     row = {name: value.mean().item() for name, value in scores.items()}
     if clip:
         won = R.r_precision(clip, vectors, range(len(watched)), watched, hard, args.seed)
-        row |= dict(rprecision=won.mean().item(), cmmd=R.cmmd(vectors, real))
+        row |= dict(rprecision=won.mean().item(), cmmd=R.cmmd(vectors, photos))
     print(f'{it:5d}/{args.iters}  evaluation  '
           + '  '.join(f'{name} {value:.4f}' for name, value in row.items()), flush=True)
     with (out / 'eval.jsonl').open('a') as file:
