@@ -1051,7 +1051,7 @@ def iteration_of(state):
 def save_state(out, it, args, weights, opts, last, save_student):
     """Writes out/state-<it> and, by save_student() on rank 0, the student; every rank calls it.
 
-    weights: {network: {name: tensor}}, opts: {network: ZeroRedundancyOptimizer}. Files reach the
+    weights: {network: {name: tensor}}, opts: {network: its ZeroRedundancyOptimizer}. Files reach the
     disk before the state appears, in one rename; the one before it stays, older ones go. A save
     that fails ends the run; with --disk_full skip only if it is the last.
     """
@@ -1059,10 +1059,11 @@ def save_state(out, it, args, weights, opts, last, save_student):
     rank = dist.get_rank()
     tensors = {}
     for net, named in weights.items():
+        moments = opts[net].optim.state if net in opts else {}
         for name, w in named.items():
             if rank == 0:
                 tensors[f'{net}.weight/{name}'] = w.detach().contiguous()
-            for kind, moment in opts[net].optim.state.get(w, {}).items():
+            for kind, moment in moments.get(w, {}).items():
                 tensors[f'{net}.{kind}/{name}'] = moment.contiguous()
     # the student's files are at most as large as its fp32 weights
     need = sum(gathered(sum(x.nbytes for x in tensors.values())))
@@ -1200,6 +1201,8 @@ def load_state(state, weights, opts, partly=False):
                 value = found[net][name].pop('weight')()
                 assert value.shape == w.shape, f'{name} of {net} has the shape {value.shape}'
                 w.copy_(value)
+            if net not in opts:
+                continue
             local = opts[net].optim
             names = {w: name for name, w in named.items()}
             moments = {}
@@ -1279,9 +1282,12 @@ def curves(log, path):
     matplotlib.use('Agg')
     import pandas
     table = pandas.read_json(log, lines=True).set_index('iteration')
-    panels = table.interpolate().plot(subplots=True, layout=(-1, 4), figsize=(14, 10), grid=True)
+    table = table.drop(columns=['skipped', 'dropped', 'memory']).interpolate()
+    panels = table.plot(subplots=True, layout=(-1, 4), figsize=(14, 10), grid=True)
+    figure = panels.flat[0].figure
+    figure.tight_layout()
     with replacing(path) as tmp:
-        panels.flat[0].figure.savefig(tmp, format='png')
+        figure.savefig(tmp, format='png')
 
 # --------------------------------------------------------------------------------------------------
 # data
@@ -1387,25 +1393,26 @@ class Pictures(torch.utils.data.Dataset):
 # --------------------------------------------------------------------------------------------------
 # pictures to look at
 
-def picture_grid(rows, captions, path):
-    """Writes rows of pictures as one PNG, each picture over its caption.
+def picture_grid(rows, captions, path, labels=('',)):
+    """Writes rows of pictures as one PNG, at most 8 columns, each picture over its caption.
 
-    rows: list of (n, 3, H, W) in [-1, 1]; captions: n strings. At most 8 columns.
+    rows: list of (n, 3, H, W) in [-1, 1]; captions: n strings; labels: what a row's begin with.
     """
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image
     from torchvision.utils import make_grid
-    pictures = ((torch.cat(list(rows)).float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pictures = ((torch.cat(rows).float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     size = pictures.shape[-1]
     side = max(128, min(512, size))
-    lines = ['\n'.join(textwrap.wrap(text, side // 7)[:4]) for text in captions]
-    foot = 4 + 15 * max(1 + text.count('\n') for text in lines)
+    how = Image.NEAREST if size < side else Image.LANCZOS
+    texts = [f'{label}{caption}' for label in labels for caption in captions]
+    texts = [textwrap.wrap(text, side // 7)[:4] for text in texts]
+    foot = 4 + 15 * max(map(len, texts))
     tiles = []
-    for k, picture in enumerate(pictures):
-        how = Image.NEAREST if size < side else Image.LANCZOS
+    for picture, lines in zip(pictures, texts):
         tile = Image.new('RGB', (side, side + foot), 'white')
         tile.paste(to_pil_image(picture).resize((side, side), how))
         pen = ImageDraw.Draw(tile)
-        pen.multiline_text((2, side), lines[k % len(lines)], 'black', ImageFont.load_default(12))
+        pen.multiline_text((2, side), '\n'.join(lines), 'black', ImageFont.load_default(12))
         tiles.append(pil_to_tensor(tile))
     sheet = make_grid(tiles, nrow=min(8, len(captions)), pad_value=255)
     with replacing(path) as tmp:

@@ -298,7 +298,7 @@ for it in range(start, args.iters + 1):
             y = base.encode(prompts)
             z = m.backward_simulation(base, nets['student'], steps, grid_noise, y)
             rows = [teacher_row, base.decode(z)]
-            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png')
+            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png', ['teacher: ', 'student: '])
     if it > start and (it % args.save_every == 0 or stop):
         # the recipe tells stage 2 and evaluate.py which defaults are theirs
         facts = dict(base_model=args.model, recipe=recipe.removesuffix('-dmd2'), iteration=it,

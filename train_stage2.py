@@ -482,7 +482,7 @@ for it in range(start, args.iters + 1):
             y = base.encode(prompts)
             rows = [base.decode(m.backward_simulation(base, net, steps, grid_noise, y))
                     for net in (reference, nets['student'])]
-            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png')
+            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png', ['stage 1: ', 'stage 2: '])
     if args.eval_every and (it % args.eval_every == 0 or it == args.iters):
         with torch.compiler.set_stance('force_eager'):
             evaluate(it)
