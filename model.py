@@ -834,11 +834,11 @@ def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
     """The folder of a student and its facts (student.json): `ckpt` is a run's folder or the
     student's own; empty means the newest of `runs`, else the shipped one."""
     here = Path(os.path.relpath(Path(__file__).parent))
-    places = [Path(ckpt) / 'student', Path(ckpt)]
-    if not ckpt:
-        places = [Path(run) / 'student' for run in runs]
-        places.sort(key=lambda place: -modified(place / 'student.json'))
-        places.append(here / 'assets/toy/student')
+    files = [Path(run, 'student/student.json') for run in runs]
+    files = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime, reverse=True)
+    places = [f.parent for f in files] + [here / 'assets/toy/student']
+    if ckpt:
+        places = [Path(ckpt) / 'student', Path(ckpt)]
     folder = next((place for place in places if (place / 'student.json').exists()), None)
     if folder is None:
         die(f'{flag} {ckpt} holds no student (no student.json); give the folder of a training run')
@@ -854,10 +854,6 @@ def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
     if home.exists() and not Path(facts['base_model']).exists():         # from another folder
         facts['base_model'] = str(home)
     return folder, facts
-
-def modified(file):
-    """Seconds at which a file was last written, 0 where there is none."""
-    return file.stat().st_mtime if file.exists() else 0
 
 # ==================================================================================================
 # PLUMBING: what two scripts need in order to run, and nothing that decides what is learnt
@@ -1051,9 +1047,9 @@ def iteration_of(state):
 def save_state(out, it, args, weights, opts, last, save_student):
     """Writes out/state-<it> and, by save_student() on rank 0, the student; every rank calls it.
 
-    weights: {network: {name: tensor}}, opts: {network: its ZeroRedundancyOptimizer}. Files reach the
-    disk before the state appears, in one rename; the one before it stays, older ones go. A save
-    that fails ends the run; with --disk_full skip only if it is the last.
+    weights: {network: {name: tensor}}, opts: {network: its ZeroRedundancyOptimizer}. Files reach
+    the disk before the state appears, in one rename; the one before it stays, older ones go. A
+    save that fails ends the run; with --disk_full skip only if it is the last.
     """
     check_alike(it, weights)
     rank = dist.get_rank()
@@ -1281,6 +1277,8 @@ def curves(log, path):
     import matplotlib
     matplotlib.use('Agg')
     import pandas
+    if not log.stat().st_size:                        # --log_every is more than there were iterations
+        return
     table = pandas.read_json(log, lines=True).set_index('iteration')
     table = table.drop(columns=['skipped', 'dropped', 'memory']).interpolate()
     panels = table.plot(subplots=True, layout=(-1, 4), figsize=(14, 10), grid=True)

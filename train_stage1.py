@@ -205,13 +205,12 @@ scale = base.pipe.vae_scale_factor
 if args.gan_crop % scale or args.gan_crop > base.size:
     m.die(f'--gan_crop {args.gan_crop} must be a multiple of {scale} up to {base.size}, or 0')
 
-# -- data, log -------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(
     args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
 prompts = m.read_prompts(args.prompts)[:8]
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
-log = m.Log(out, start, device, args)
 # --------------------------------------------------------------------------------------------------
 
 loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
@@ -289,6 +288,7 @@ def warmed(it):
 
 # --------------------------------------------------------------------------------------------------
 
+log = m.Log(out, start, device, args)
 for it in range(start, args.iters + 1):
     # a hung rank ends by itself, with the line at which it stands
     faulthandler.dump_traceback_later(60 * args.timeout, exit=True)

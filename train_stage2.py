@@ -316,13 +316,12 @@ def reward(z, t, prompts):
         rewards.append(scorers[args.reward].score((pixels / 2 + .5).clamp(0, 1), prompts[j]))
     return torch.cat(rewards)
 
-# -- data, log -------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(
     args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
 prompts = m.read_prompts(args.prompts)[:8]
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
-log = m.Log(out, start, device, args)
 # --------------------------------------------------------------------------------------------------
 
 loader = pictures.batches(
@@ -473,6 +472,7 @@ def log_ratio(z, x0, x_ref, a, sigma):
 
 # --------------------------------------------------------------------------------------------------
 
+log = m.Log(out, start, device, args)
 for it in range(start, args.iters + 1):
     # a hung rank ends by itself, with the line at which it stands
     faulthandler.dump_traceback_later(60 * args.timeout, exit=True)
