@@ -1277,7 +1277,7 @@ def curves(log, path):
     import matplotlib
     matplotlib.use('Agg')
     import pandas
-    if not log.stat().st_size:                        # --log_every is more than there were iterations
+    if not log.stat().st_size:                     # --log_every is more than there were iterations
         return
     table = pandas.read_json(log, lines=True).set_index('iteration')
     table = table.drop(columns=['skipped', 'dropped', 'memory']).interpolate()

@@ -66,15 +66,13 @@ p = m.parser(__doc__)
 flag = p.add_argument
 flag('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy',
      help='table of defaults')
-flag('--out', default='out/stage1',
-     help='folder of the run; it holds the state, so the same command resumes')
+flag('--out', default='out/stage1', help='folder of the run; the same command resumes')
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
 flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
-flag('--offload', action=yes_no, default=False,
-     help='text encoders wait in main memory between iterations')
+flag('--offload', action=yes_no, default=False, help='text encoders wait in main memory')
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
@@ -87,19 +85,13 @@ flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (c
 flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
      help="pixel: SAM on decoded pictures; latent: DMD2's, on the fake score's bottleneck")
 flag('--gan_weight', type=float, help="weight of the student's adversarial loss")
-flag('--gan_crop', type=int, default=0,
-     help='pixels a side of the random crop that is decoded for the GAN; 0: all')
-flag('--split', action=yes_no, default=True,
-     help='DM loss at high noise and GAN at low noise only; no: both at every step')
-flag('--ttur', type=int, default=1,
-     help='iterations of fake score and discriminator per student update')
+flag('--gan_crop', type=int, default=0, help='pixels a side of a crop for the GAN; 0: all')
+flag('--split', action=yes_no, default=True, help='DM at high, GAN at low noise; no: both always')
+flag('--ttur', type=int, default=1, help='updates of fake score and D for one of the student')
 flag('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) student; 1: off')
-flag('--lora', type=int, default=0,
-     help='train adapters of this rank on the frozen teacher; 0: all weights')
-flag('--lora_alpha', type=float, default=0.,
-     help='adapters are scaled by this / rank; 0: twice the rank')
-flag('--lora_targets', default='attention',
-     help="ends of modules' names that get an adapter, with commas; attention: its projections")
+flag('--lora', type=int, default=0, help='rank of adapters on the teacher; 0: train all weights')
+flag('--lora_alpha', type=float, default=0., help='adapters are scaled by this / rank; 0: 2 x rank')
+flag('--lora_targets', default='attention', help="ends of module names, with commas")
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
 flag('--micro', type=int, help='prompts per forward on one rank; gradients accumulate')
@@ -107,21 +99,17 @@ flag('--student_lr', type=float, help='AdamW learning rate of the student')
 flag('--fake_lr', type=float, help='AdamW learning rate of the fake score')
 flag('--heads_lr', type=float, help='AdamW learning rate of the discriminator heads')
 flag('--warmup', type=int, default=0, help='iterations of linear learning-rate warm-up')
-flag('--cooldown', type=int, default=0,
-     help='last iterations, over which the learning rates fall linearly to 0')
+flag('--cooldown', type=int, default=0, help='last iterations, in which they fall linearly to 0')
 flag('--checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
-flag('--compile', action=yes_no, default=False,
-     help='torch.compile for all networks but the text encoders')
+flag('--compile', action=yes_no, default=False, help='torch.compile for all but text encoders')
 flag('--seed', type=int, default=0, help='seed of the run')
 flag('--save_every', type=int, default=250, help='iterations between saves')
 flag('--save_dtype', choices=['float16', 'bfloat16', 'float32'], default='float16',
      help="of student/'s weights")
 flag('--sample_every', type=int, default=250, help='iterations between sample grids; 0: none')
 flag('--log_every', type=int, default=1, help='iterations between log lines')
-flag('--timeout', type=float, default=30.,
-     help='minutes without an iteration after which a hung rank ends')
-flag('--disk_full', choices=['stop', 'skip'], default='stop',
-     help='where a save finds no room: stop, or train on to the next save')
+flag('--timeout', type=float, default=30., help='minutes that an iteration may take at most')
+flag('--disk_full', choices=['stop', 'skip'], default='stop', help='if a save finds no room')
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # --------------------------------------------------------------------------------------------------
 
@@ -145,7 +133,7 @@ if args.batch % (world * args.micro):
     m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
-n = len(mine) // args.micro                                                 # its micro-batches
+n = len(mine) // args.micro                                                 # their micro-batches
 out = m.writable_folder(args.out, '--out')
 state = m.find_state(out, args)
 start = m.iteration_of(state)
@@ -238,7 +226,7 @@ def micro_batches(it, rows):
         normals = eps[j].to(device)
         u_tau, u_adv, u_fake, u_D = u[j].to(device).unbind(1)
         b = SimpleNamespace(y=[v[j] for v in y], real=rows['pixels'][j].to(device))
-        b.last = j.stop == len(mine)
+        b.last = j.stop == len(mine)                   # ranks exchange gradients in it
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
         b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:].unbind(1)
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
@@ -292,9 +280,10 @@ log = m.Log(out, start, device, args)
 for it in range(start, args.iters + 1):
     # a hung rank ends by itself, with the line at which it stands
     faulthandler.dump_traceback_later(60 * args.timeout, exit=True)
+    # all ranks leave after the same iteration, whichever was told to
     stop = m.any_rank(told, device) or it == args.iters
     if rank == 0 and args.sample_every and (it % args.sample_every == 0 or it == args.iters):
-        with torch.compiler.set_stance('force_eager'), torch.no_grad():
+        with torch.compiler.set_stance('force_eager'), torch.no_grad():    # graphs are of --micro
             y = base.encode(prompts)
             z = m.backward_simulation(base, nets['student'], steps, grid_noise, y)
             rows = [teacher_row, base.decode(z)]
@@ -316,7 +305,8 @@ for it in range(start, args.iters + 1):
     # -- one distillation --------------------------------------------------------------------------
     rows = next(loader)
     log.skipped += int(rows['skipped'].sum())
-    batches = list(micro_batches(it, rows))
+    batches = list(micro_batches(it, rows))                  # both halves below go through them
+    # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
     l = pick(low, it, 2) if args.split else s
     norms = []
@@ -342,7 +332,7 @@ for it in range(start, args.iters + 1):
             made = seen(v, it) if gan else v
             b.x0, b.made = x.detach(), made.detach()
             if not learns:
-                continue
+                continue                                       # samples are all that is wanted
 
             # distribution matching, eq. 4: g = (f - r) / mean|x0 - r| is the slope of L_DM at x0
             with torch.no_grad():
@@ -400,7 +390,8 @@ for it in range(start, args.iters + 1):
                 log('gan/d', L_D)
                 log('gan/real', real.mean())
                 log('gan/made', made.mean())
-            (L / n).backward()
+            (L / n).backward()                         # gradients add up over micro-batches
+    # None where a gradient was not finite and the update was dropped, on all ranks alike
     norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']
     # ----------------------------------------------------------------------------------------------
 
