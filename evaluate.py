@@ -128,12 +128,7 @@ if n > len(prompts):
     m.die(f'--n {n}: {source} has only {len(prompts)} prompts')
 if args.images and not files:
     m.die(f'--images {args.images} has no picture for {n} prompts; give .png, .jpg or .webp files')
-source = source.with_suffix('.hard.txt')
-hard = [[]] * len(prompts)
-if source.exists():
-    hard = [line.split('\t') for line in m.read_prompts(source)]
-if len(hard) != len(prompts):
-    m.die(f'{source} has {len(hard)} lines, not one for each of the {len(prompts)} prompts')
+near = R.near_prompts(source, len(prompts))
 
 guided = []                                               # numbers of steps of the teacher's rows
 rows = {}                                         # label: (pipeline, its steps, what loads it)
@@ -314,7 +309,7 @@ for label, scored in tables.items():
         print(f'{paths[i]} cannot be read: left out')
     if clip and 'rprecision' in args.metrics:
         vectors = torch.from_numpy(np.stack(scored['vector']))
-        won = R.r_precision(clip, vectors, scored.index, prompts, hard, args.seed)
+        won = R.r_precision(clip, vectors, scored.index, prompts, near, args.seed)
         scored['rprecision'] = won.numpy()
     each = scored[scored.columns.intersection(args.metrics)].reset_index()
     table[label] = summary(statistics(scored)) | dict(

@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 from torchvision.transforms import functional as T
 
-from model import BAD_FILE
+from model import BAD_FILE, die, read_prompts
 
 CLIP_L, CLIP_H = 'openai/clip-vit-large-patch14', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
 MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)      # of all below
@@ -391,6 +391,17 @@ def kernel(a, b):
 def cmmd(x, y):
     """1000 x squared MMD of unit vectors x (N, D), y (M, D)."""
     return 1000 * (kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean()).item()
+
+def near_prompts(file, n):
+    """The lines of FILE.hard.txt beside a prompt file FILE.txt, a list of near texts for each of
+    its n prompts; empty lists where there is no such file."""
+    file = Path(file).with_suffix('.hard.txt')
+    if not file.exists():
+        return [[]] * n
+    near = [line.split('\t') for line in read_prompts(file)]
+    if len(near) != n:
+        die(f'{file} has {len(near)} lines, not one for each of the {n} prompts')
+    return near
 
 def r_precision(clip, vectors, index, prompts, near, seed):
     """(N,) float64: 1 where of a picture with unit vector vectors[k] and prompt prompts[index[k]]

@@ -24,7 +24,6 @@ import json
 import math
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -321,7 +320,9 @@ if rank == 0:
 # --------------------------------------------------------------------------------------------------
 # evaluations
 
-watched = m.read_prompts(args.prompts)[:args.eval_n]
+watched = m.read_prompts(args.prompts)
+near = R.near_prompts(args.prompts, len(watched))
+watched = watched[:args.eval_n]
 clip = scorers.get('clip')
 if clip and args.eval_every and rank == 0:
     source, files = (args.real, args.real_files) if args.real else (args.data, args.data_files)
@@ -329,13 +330,8 @@ if clip and args.eval_every and rank == 0:
                         '--real')
     photos = [photos[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(photos.rows)))]
     photos = torch.cat([clip.embed_images(x.to(device)).cpu() for x in photos])           # (n, D)
-    file = Path(args.prompts).with_suffix('.hard.txt')
-    hard = [line.split('\t') for line in m.read_prompts(file)] if file.exists() else []
-    hard = hard or [[]] * len(watched)
-# they wait in main memory while the run trains, but for one that is the reward
-waiting = [scorer.clip for name, scorer in scorers.items() if name != args.reward]
-for net in waiting:
-    net.to('cpu')
+# the networks that judge wait in main memory while the run trains, but for one that is the reward
+waiting = [scorer.cpu() for name, scorer in scorers.items() if name != args.reward]
 
 @torch.no_grad()
 def evaluate(it):
@@ -372,7 +368,7 @@ def evaluate(it):
     vectors = scores.pop('vector', None)                                                  # (n, D)
     row = {name: value.mean().item() for name, value in scores.items()}
     if clip:
-        won = R.r_precision(clip, vectors, range(len(watched)), watched, hard, args.seed)
+        won = R.r_precision(clip, vectors, range(len(watched)), watched, near, args.seed)
         row |= dict(rprecision=won.mean().item(), cmmd=R.cmmd(vectors, photos))
     print(f'{it:5d}/{args.iters}  evaluation  '
           + '  '.join(f'{name} {value:.4f}' for name, value in row.items()), flush=True)
