@@ -756,7 +756,7 @@ def make_sd3():
 def make_lrm(family='sdxl', name='lrm'):
     sys.path.insert(0, str(ROOT))
     import model as m
-    base = m.Base(OUT / family, device=DEVICE)
+    base = m.load_base(OUT / family, DEVICE)
     reward = m.LatentReward(base, base.trainable(), base.pipe.text_encoder, base.pipe.text_encoder_2)
     torch.nn.init.normal_(reward.visual_projection.weight, std=.02)
 

@@ -1,25 +1,46 @@
 """
-The maths of model.py against closed forms and independent references: diffusers' schedulers, Gaussians with known scores,
-segment_anything's own encoder.    pytest tests/test_math.py
+The maths of the project against closed forms and independent references: diffusers' schedulers,
+Gaussians with known scores, segment_anything's own encoder; and the gradients of the training
+scripts, read off the states that they save, against the paper's losses.
+
+    pytest tests/test_math.py
 """
 
+import contextlib
+import copy
+import functools
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler)
+from safetensors.torch import save_file
+from torch.distributions import Normal
 
 import model as m
+from conftest import ROOT, inside, rows, weights
 
 BETAS = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
-EPS, V = (m.Schedule(EulerDiscreteScheduler(**BETAS, prediction_type=k)) for k in ('epsilon', 'v_prediction'))
+EPS = m.Schedule(EulerDiscreteScheduler(**BETAS))
+V = m.Schedule(EulerDiscreteScheduler(**BETAS, prediction_type='v_prediction'))
 FLOW = m.Schedule(FlowMatchEulerDiscreteScheduler(shift=3.))
 T = torch.tensor
 
+@functools.cache
+def family(name):
+    """The toy SDXL or SD3, loaded once."""
+    return m.load_base(ROOT / 'assets/toy' / name)
 
-# --------------------------------------------------------------------------------------------------- the convention
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+# --------------------------------------------------------------------------------------------------
+# the convention
 
 def test_the_students_steps_are_the_papers():
     assert EPS.steps(4).tolist() == [999, 749, 499, 249]
@@ -29,358 +50,597 @@ def test_the_students_steps_are_the_papers():
     reference.set_timesteps(sigmas=[1, .75, .5, .25])
     assert torch.allclose(FLOW.steps(4), reference.timesteps.float())
 
-
 def test_split_by_snr():
-    """DESIGN section 1.1's table: SNR .00468, .0600, .384, 2.08, so 249 alone is low noise; SD3's t = 500 counts as low."""
+    """DESIGN section 1.1's table: SNR .00468, .0600, .384, 2.08, so 249 alone is low noise; SD3's
+    t = 500 counts as low."""
     assert torch.allclose(EPS.snr(EPS.steps(4)), T([.00468, .0600, .384, 2.08]), rtol=5e-3)
     assert EPS.low_noise(EPS.steps(4)).tolist() == [False, False, False, True]
     assert FLOW.low_noise(FLOW.steps(4)).tolist() == [False, False, False, True]
 
-
 @pytest.mark.parametrize('schedule, reference', [
     (EPS, DDPMScheduler(**BETAS)), (V, DDPMScheduler(**BETAS, prediction_type='v_prediction'))])
 def test_noising_and_targets_are_diffusers(schedule, reference):
-    x0, eps, t = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), T([0, 249, 499, 749, 998, 999])
-    assert torch.allclose(schedule.noised(x0, eps, t), reference.add_noise(x0, eps, t), atol=1e-5)
+    x0, eps = normal(2, 6, 4, 8, 8)
+    t = T([0, 249, 499, 749, 998, 999])
+    assert torch.allclose(
+        schedule.noised(x0, eps, t), reference.add_noise(x0, eps, t), atol=1e-5)
     target = eps if schedule is EPS else reference.get_velocity(x0, eps, t)
     assert torch.allclose(schedule.target(x0, eps, t), target, atol=1e-5)
 
-
 @pytest.mark.parametrize('schedule', [EPS, V, FLOW])
 def test_x0_inverts_the_target(schedule):
-    x0, eps = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    x0, eps = normal(2, 4, 4, 8, 8)
     for t in (T([1., 20, 249, 499]), T([500., 749, 980, 999])):
         back = schedule.x0(schedule.target(x0, eps, t), schedule.noised(x0, eps, t), t)
-        assert torch.allclose(back, x0, atol=2e-4)          # fp32 at t = 999 divides by alpha = .068
-    half = schedule.x0(torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), T([999]))
-    assert half.dtype == torch.float32
-
+        # fp32 at t = 999 divides by alpha = .068
+        assert torch.allclose(back, x0, atol=2e-4)
+    half = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    assert schedule.x0(half, half, T([999])).dtype == torch.float32
 
 def test_flow_matches_diffusers_stochastic_step():
     reference = FlowMatchEulerDiscreteScheduler(shift=3., stochastic_sampling=True)
     reference.set_timesteps(sigmas=[1, .75, .5, .25])
-    x, v = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    out = reference.step(v, reference.timesteps[0], x, generator=torch.Generator().manual_seed(0)).prev_sample
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = FLOW.steps(4)
-    assert torch.allclose(out, FLOW.noised(FLOW.x0(v, x, t[:1].expand(2)), noise, t[1:2].expand(2)), atol=1e-5)
-
+    x, v = normal(2, 2, 4, 8, 8)
+    stream = torch.Generator().manual_seed(7)
+    out = reference.step(v, reference.timesteps[0], x, generator=stream).prev_sample
+    now, then = FLOW.steps(4)[:2, None].expand(2, 2)
+    ours = FLOW.noised(FLOW.x0(v, x, now), normal(2, 4, 8, 8, seed=7), then)
+    assert torch.allclose(out, ours, atol=1e-5)
 
 def test_times_cover_their_range():
     u = torch.linspace(0, 1 - 1e-6, 10_001)
     t = EPS.between(u, 20, 980)
-    assert t.min() == 20 and t.max() == 980 and (t == t.floor()).all() and len(t.unique()) == 961
-    ends = [1000 * 3 * v / (1 + 2 * v) for v in (.02, .98)]                                       # shift 3
-    assert abs(FLOW.between(u, 20, 980).min() - ends[0]) < 1e-3 and ends[1] - .1 < FLOW.between(u, 20, 980).max() <= ends[1]
+    assert t.min() == 20
+    assert t.max() == 980
+    assert (t == t.floor()).all()
+    assert len(t.unique()) == 961
 
+def test_flow_times_go_through_the_shift():
+    """Uniform u -> 3 u / (1 + 2 u) for the DM loss; the median of the fake score's logit-normal
+    times is u = 1/2, t = 750."""
+    u = (torch.arange(20_000).double() + .5) / 20_000
+    for low, high in [(0, 1000), (20, 980)]:
+        v = (low + (high - low) * u) / 1000
+        assert torch.allclose(FLOW.between(u, low, high), 1000 * 3 * v / (1 + 2 * v))
+    t = FLOW.training(u) / 1000
+    back = torch.logit(t / (3 - 2 * t))                # unshifted, its logit is a standard normal
+    assert abs(back.mean()) < 1e-3
+    assert abs(back.std() - 1) < 1e-2
+    assert abs(t.median() - .75) < 1e-3
+    assert torch.isfinite(FLOW.training(torch.zeros(1))).all()
 
-# ------------------------------------------------------------------------------- backward simulation, guidance, noise
+def test_noise_depends_on_seed_iteration_and_sample_only():
+    whole, u = m.draw(0, 5, range(8), (3, 4, 2, 2))
+    half, v = m.draw(0, 5, range(4, 8), (3, 4, 2, 2))
+    assert torch.equal(whole[4:], half)
+    assert torch.equal(u[4:], v)
+    for key in (0, 6), (1, 5):
+        other, _ = m.draw(*key, range(8), (3, 4, 2, 2))
+        assert (whole - other).abs().min(dim=0).values.mean() > .05
+    assert abs(whole.mean()) < .2
+    assert abs(whole.std() - 1) < .1
+    assert 0 <= u.min() and u.max() < 1
+
+# --------------------------------------------------------------------------------------------------
+# backward simulation, guidance, updates
 
 class Fake(nn.Module):
-    """A network with SDXL's call that answers with a fixed function of its input and of the prompt embedding."""
+    """A network with SDXL's call that answers with a fixed function of its input, its time and the
+    prompt's embedding, and remembers what it was called with."""
 
     def __init__(self, answer):
         super().__init__()
-        self.answer, self.calls = answer, []
+        self.answer = answer
+        self.calls = []
 
     def forward(self, x, timestep, encoder_hidden_states, added_cond_kwargs):
         self.calls.append((x.detach().clone(), timestep.clone()))
         return SimpleNamespace(sample=self.answer(x, timestep, encoder_hidden_states))
 
-
-def bare_base(schedule=EPS):
-    base = m.Base.__new__(m.Base)
-    base.device, base.size, base.schedule, base.part = torch.device('cpu'), 64, schedule, 'unet'
-    base.uncond = (torch.zeros(1, 2, 3), torch.zeros(1, 3))
+def bare(kind=m.SDXL, schedule=EPS, size=64, device='cpu', tokens=2, width=3, pooled=3):
+    """A base without a pipeline: enough for predict, x0 and what calls them."""
+    base = kind.__new__(kind)
+    base.schedule = schedule
+    base.size = size
+    base.device = torch.device(device)
+    # autocast does not know the meta device
+    base.autocast = contextlib.nullcontext
+    base.uncond = [torch.zeros(1, tokens, width, device=device),
+                   torch.zeros(1, pooled, device=device)]
     return base
-
 
 Y = (torch.ones(2, 2, 3), torch.ones(2, 3))
 
-
-def test_backward_simulation_is_lcm_sampling():
-    """Step by step the same as diffusers' LCMScheduler on 999, 749, 499, 249 with the same noise."""
-    base, net = bare_base(), Fake(lambda x, t, y: torch.tanh(x) + .1 * t.view(-1, 1, 1, 1) / 1000)
-    steps, noise = EPS.steps(4), torch.randn(2, 4, 4, 8, 8)
-    got = m.backward_simulation(base, net, steps, noise, Y)
+def test_backward_simulation_is_lcm_sampling(monkeypatch):
+    """Step by step diffusers' LCMScheduler on 999, 749, 499, 249 with the same noise."""
+    import diffusers.schedulers.scheduling_lcm as module
+    net = Fake(lambda x, t, y: torch.tanh(x) + .1 * t.view(-1, 1, 1, 1) / 1000)
+    steps = EPS.steps(4)
+    noise = normal(2, 4, 4, 8, 8)
+    got = m.backward_simulation(bare(), net, steps, noise, Y)
+    assert not got.requires_grad
+    fresh = iter(noise[:, 1:].unbind(1))
+    monkeypatch.setattr(module, 'randn_tensor', lambda *a, **k: next(fresh))
     lcm = LCMScheduler(**BETAS, original_inference_steps=4)
     lcm.set_timesteps(4)
     assert lcm.timesteps.tolist() == steps.tolist()
     x = noise[:, 0]
-    for k, t in enumerate(lcm.timesteps):
-        lcm_noise = iter([noise[:, k + 1]]) if k < 3 else iter([])
-        import diffusers.schedulers.scheduling_lcm as module
-        old, module.randn_tensor = module.randn_tensor, lambda *a, **kw: next(lcm_noise)
-        try:
-            step = lcm.step(net.answer(x, t.expand(2), None), t, x)
-        finally:
-            module.randn_tensor = old
-        x = step.prev_sample
+    for t in lcm.timesteps:
+        x = lcm.step(net.answer(x, t.expand(2), None), t, x).prev_sample
     assert torch.allclose(got, x, atol=1e-3 * x.abs().max())
 
-
 def test_backward_simulation_starts_from_pure_noise_and_stops_where_told():
-    base, net = bare_base(), Fake(lambda x, t, y: x * 0)
-    steps, noise = EPS.steps(4), torch.randn(2, 4, 4, 8, 8)
+    base = bare()
+    net = Fake(lambda x, t, y: x * 0)
+    steps = EPS.steps(4)
+    noise = normal(2, 4, 4, 8, 8)
     x0 = m.backward_simulation(base, net, steps, noise, Y, stop=2)
     assert [int(t[0]) for _, t in net.calls] == [999, 749]
     assert torch.equal(net.calls[0][0], noise[:, 0])
-    expected = EPS.noised(EPS.x0(torch.zeros(1), noise[:, 0], T([999, 999])), noise[:, 1], T([749, 749]))
-    assert torch.allclose(net.calls[1][0], expected)                        # noised x0 of the step before, fresh noise
+    # the x0 of the step before, noised with fresh noise
+    first = EPS.x0(torch.zeros(1), noise[:, 0], T([999, 999]))
+    second = EPS.noised(first, noise[:, 1], T([749, 749]))
+    assert torch.allclose(net.calls[1][0], second)
+    x_s, t_s = m.reach(base, net, steps, noise, Y, 2)
+    assert torch.equal(x_s, EPS.noised(x0, noise[:, 2], t_s))
+    assert t_s.tolist() == [499, 499]
     net.calls.clear()
     m.backward_simulation(base, net, steps, noise, Y, first=2, x0=x0)
     assert [int(t[0]) for _, t in net.calls] == [499, 249]
     assert m.backward_simulation(base, net, steps, noise, Y, stop=0) is None
-
+    assert m.backward_simulation(base, net, steps, noise, Y, first=4, x0=x0) is x0
 
 def test_guidance_is_uncond_plus_w_times_difference():
-    base = bare_base()
-    net = Fake(lambda x, t, y: x * .1 + y.mean((1, 2)).view(-1, 1, 1, 1))     # cond answers +1 more than uncond
-    x, t = torch.randn(2, 4, 8, 8), T([499, 749])
-    guided = base.x0(net, x, t, Y, cfg=8.)
-    assert torch.allclose(guided, EPS.x0(x * .1 + 8., x, t), atol=1e-4)
+    base = bare()
+    # cond answers +1 more than uncond
+    net = Fake(lambda x, t, y: x * .1 + y.mean((1, 2)).view(-1, 1, 1, 1))
+    x = normal(2, 4, 8, 8)
+    t = T([499, 749])
+    assert torch.allclose(base.x0(net, x, t, Y, cfg=8.), EPS.x0(x * .1 + 8., x, t), atol=1e-4)
     assert torch.allclose(base.x0(net, x, t, Y, cfg=1.), EPS.x0(x * .1 + 1., x, t), atol=1e-5)
 
-
-def test_noise_depends_on_seed_iteration_and_sample_only():
-    whole, u = m.draw(0, 5, range(8), (3, 4, 2, 2))
-    half, v = m.draw(0, 5, range(4, 8), (3, 4, 2, 2))
-    assert torch.equal(whole[4:], half) and torch.equal(u[4:], v)
-    others = [m.draw(*key, range(8), (3, 4, 2, 2))[0] for key in [(0, 6), (1, 5)]]
-    assert all((whole - o).abs().min(dim=0).values.mean() > .05 for o in others)
-    assert abs(whole.mean()) < .2 and abs(whole.std() - 1) < .1 and 0 <= u.min() and u.max() < 1
-
-
-# ------------------------------------------------------------------------------------------------------- the losses
-
-def gaussian_x0(x, t, mean, std):
-    """E[x0 | x_t] when x0 ~ N(mean, std^2), float64: the score of the marginal through Tweedie's formula."""
-    a, s = (f(t).double() for f in (EPS.alpha, EPS.sigma))
-    score = -(x.double() - a * mean) / (a ** 2 * std ** 2 + s ** 2)
-    return (x.double() + s ** 2 * score) / a, score
-
-
-def test_dm_gradient_on_gaussians():
-    """Student N(2, .5^2), teacher N(-1, .8^2), both scores known. The gradient is, in the paper's eq. 3 and 4,
-    (s_fake - s_teacher) sigma^2 / alpha over mean|x0 - r|, and a step down it moves the student's mean to the teacher's."""
-    x0 = 2 + .5 * torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
-    t = EPS.between(torch.linspace(0, .999, 64), 20, 980)
-    xt = EPS.noised(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(1)), t)
-    real, s_real = gaussian_x0(xt, t, -1., .8)
-    fake, s_fake = gaussian_x0(xt, t, 2., .5)
-    loss, slope = m.slope(lambda x: m.dm_loss(x, real, fake), x0)
-    a, s = (f(t).double() for f in (EPS.alpha, EPS.sigma))
-    expected = (s_fake - s_real) * s ** 2 / a / (x0 - real).abs().mean((1, 2, 3), keepdim=True) / x0.numel()
-    assert torch.allclose(slope, expected, rtol=1e-4, atol=1e-12)
-    assert torch.allclose(loss, .5 * (expected * x0.numel()).square().mean(), rtol=1e-4)
-    moved = (x0 - 100 * slope).mean() - x0.mean()
-    assert moved < 0, 'a step down the DM loss must move the student towards the teacher'
-
-
-def test_dm_loss_survives_a_perfect_student():
-    x = torch.randn(2, 4, 8, 8)
-    loss, slope = m.slope(lambda v: m.dm_loss(v, x, x + 1e-7), x)
-    assert torch.isfinite(loss) and torch.isfinite(slope).all()
-
-
-def test_student_on_a_mixture_moves_to_the_teachers():
-    """Four Gaussians in the plane are the teacher, its score exact. A student MLP starts at one wide blob and learns by
-    dm_loss with a fake score that learns by the eps-loss: the whole of stage 1's items 1, 2, 5 without pictures."""
-    torch.manual_seed(0)
-    modes, width = torch.tensor([[2., 2], [-2, 2], [2, -2], [-2, -2]]), .3
-
-    def teacher(x, t):
-        a, s = EPS.alpha(t).flatten(1), EPS.sigma(t).flatten(1)
-        var = a ** 2 * width ** 2 + s ** 2
-        d = x[:, None] - a[:, None] * modes                                               # (B, 4, 2)
-        w = torch.softmax(-d.square().sum(-1) / (2 * var), 1)
-        score = -(w[..., None] * d).sum(1) / var
-        return (x + s ** 2 * score) / a
-
-    def mlp(inputs):
-        return nn.Sequential(nn.Linear(inputs, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
-
-    G, fake = mlp(2), mlp(3)
-    og, of = torch.optim.Adam(G.parameters(), 1e-3), torch.optim.Adam(fake.parameters(), 2e-3)
-    shape = lambda x: x.view(-1, 2, 1, 1)
-    predict = lambda x, t: fake(torch.cat([x, t[:, None] / 1000], 1))
-    for i in range(1500):
-        x0 = G(torch.randn(256, 2))
-        for _ in range(3):
-            t = torch.randint(0, 1000, (256,))
-            eps = torch.randn(256, 2)
-            loss = F.mse_loss(predict(EPS.noised(shape(x0.detach()), shape(eps), t).flatten(1), t), eps)
-            of.zero_grad(), loss.backward(), of.step()
-        if i < 200:
-            continue
-        tau = EPS.between(torch.rand(256), 20, 980)
-        xt = EPS.noised(shape(x0.detach()), shape(torch.randn(256, 2)), tau)
-        with torch.no_grad():
-            r, f = shape(teacher(xt.flatten(1), tau)), EPS.x0(shape(predict(xt.flatten(1), tau)), xt, tau)
-        og.zero_grad(), m.dm_loss(shape(x0), r, f).backward(), og.step()
-    x = G(torch.randn(4000, 2)).detach()
-    nearest = torch.cdist(x, modes)
-    share = torch.bincount(nearest.argmin(1), minlength=4) / len(x)
-    assert nearest.min(1).values.median() < .6, f'samples lie {nearest.min(1).values.median():.2f} from the modes'
-    assert share.min() > .05, f'modes hold {share.tolist()}'
-
-
-def test_gan_losses_pull_the_right_way():
-    for kind in ('pixel', 'latent'):
-        d, g = m.gan_losses(kind)
-        real, fake = torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
-        d(real, fake).backward()
-        assert (real.grad < 0).all() and (fake.grad > 0).all()              # down the loss: D(real) up, D(fake) down
-        assert (m.slope(g, torch.zeros(4, 2))[1] < 0).all()                 # the generator raises D(fake)
-    d, _ = m.gan_losses('pixel')
-    assert d(T([3.]), T([-3.])) == 0 and d(T([0.]), T([0.])) == 2
-
-
-def test_slope_leaves_parameters_alone():
-    net, x = nn.Linear(3, 1), torch.randn(5, 3)
-    value, slope = m.slope(lambda v: net(v).square().mean(), x)
-    assert net.weight.grad is None and slope.shape == x.shape and not value.requires_grad
-    assert torch.allclose(slope, 2 * net(x) * net.weight / 5, atol=1e-6)
-
-
-def test_coupling():
-    fake, student = nn.Linear(3, 3), nn.Linear(3, 3)
-    w, v = fake.weight.detach().clone(), student.weight.detach().clone()
-    m.couple(fake, student, 1.)
-    assert torch.equal(fake.weight, w)
-    m.couple(fake, student, .97)
-    assert torch.allclose(fake.weight, .97 * w + .03 * v) and torch.equal(student.weight, v)
-
-
-def test_update_drops_a_non_finite_gradient():
+def test_update_clips_and_drops_a_non_finite_gradient():
     net = nn.Linear(3, 1)
-    opt, before = torch.optim.AdamW(net.parameters(), lr=.1), net.weight.detach().clone()
+    opt = torch.optim.AdamW(net.parameters(), lr=.1)
+    before = net.weight.detach().clone()
     (net(torch.ones(1, 3)) * float('nan')).sum().backward()
-    assert m.update(opt, net) is None and torch.equal(net.weight, before) and net.weight.grad is None and not opt.state
-    net(torch.ones(1, 3)).sum().backward()
-    assert m.update(opt, net) > 0 and not torch.equal(net.weight, before)
+    assert m.update(opt, net) is None
+    assert torch.equal(net.weight, before)
+    assert net.weight.grad is None
+    assert not opt.state
+    (5 * net(torch.ones(1, 3))).sum().backward()
+    assert abs(m.update(opt, net) - 10) < 1e-5                  # sqrt(3 5^2 + 5^2), clipped to 1
+    assert torch.allclose(opt.state[net.weight]['exp_avg'], T([.05]), rtol=1e-4)
+    assert not torch.equal(net.weight, before)
 
+# --------------------------------------------------------------------------------------------------
+# the training scripts as black boxes: an iteration from networks that differ, at learning rate 0,
+# leaves its gradients in the optimiser's state: exp_avg = (1 - .9) x the clipped gradient
 
-# ------------------------------------------------------------------------------------------------- SAM discriminator
+BATCH, CFG, WEIGHT = 4, 3., .3
 
-@pytest.fixture(scope='module')
-def vit_b(tmp_path_factory):
-    """A full-size vit_b checkpoint with random weights, as a file, and the network it came from."""
-    from segment_anything import build_sam_vit_b
-    torch.manual_seed(0)
-    sam = build_sam_vit_b().eval()
+def moved(net, seed, size=.05):
+    """net with every trained weight moved a little, by `seed`."""
+    stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, w in sam.image_encoder.named_parameters():          # these are zero at initialisation
+        for w in m.trained(net).values():
+            spread = max(w.std(correction=0).item(), .02)
+            w += size * spread * torch.randn(w.shape, generator=stream)
+    return net
+
+def state_of(out, it, nets, **args):
+    """Writes what a run would have saved at iteration `it` with these networks, without moments."""
+    folder = out / f'state-{it:07d}'
+    folder.mkdir(parents=True)
+    tensors = {f'{net}.weight/{name}': w.detach().contiguous()
+               for net in nets for name, w in m.trained(nets[net]).items()}
+    file = folder / 'rank0.safetensors'
+    save_file(tensors, file)
+    entry = [file.stat().st_size, m.crc(file)]
+    state = dict(iteration=it, args=args, files={file.name: entry})
+    (folder / 'state.json').write_text(json.dumps(state))
+
+def iteration(script, out, it, nets, *flags):
+    """One iteration of a script at learning rate 0 from these networks: its log line and, for each
+    network, {name: weight} and {name: gradient after clipping} of the state that it leaves."""
+    rest = dict(rl_ratio=5) if script == 'train_stage2.py' else {}
+    model = flags[flags.index('--model') + 1]
+    state_of(out, it, nets, model=model, **rest)
+    more = ['--rl_lr', 0, '--eval_every', 0, '--critic_warmup', 0] if rest else []
+    done = inside(
+        script, *flags, *more, '--out', out, '--iters', it + 1, '--batch', BATCH, '--micro', 2,
+        '--cfg', CFG, '--gan_weight', WEIGHT, '--student_lr', 0, '--fake_lr', 0, '--heads_lr', 0,
+        '--warmup', 0, '--cooldown', 0, '--workers', 0, '--sample_every', 0, '--log_every', 1)
+    assert done.returncode == 0, done.stderr
+    row, = rows(out)
+    after = {name: {} for name in nets}
+    grads = {name: {} for name in nets}
+    for key, value in weights(out, it + 1).items():
+        net, kind, name = key.replace('/', '.', 1).split('.', 2)
+        if kind == 'weight':
+            after[net][name] = value
+        if kind == 'exp_avg':
+            grads[net][name] = value / (1 - .9)
+    return row, after, grads
+
+def samples(base, seed, it):
+    """The pictures and captions of iteration `it`."""
+    pictures = m.Pictures(
+        str(ROOT / 'assets/toy/data'), 'train.parquet', 'image', 'text', base.size, seed)
+    batch = [pictures[it * BATCH + i] for i in range(BATCH)]
+    return torch.stack([row['pixels'] for row in batch]), [row['text'] for row in batch]
+
+def gradient(loss, net):
+    """{name: d loss / d weight} of what net trains, {} where it is not trained by the loss."""
+    named = m.trained(net)
+    grads = torch.autograd.grad(
+        loss, [*named.values()], retain_graph=True, allow_unused=True)
+    return {name: g for name, g in zip(named, grads) if g is not None}
+
+def length(grads):
+    return torch.stack([g.norm() for g in grads.values()]).norm()
+
+def assert_same_gradient(found, expected):
+    """found is `expected` clipped to norm 1, within rounding, with the same names."""
+    assert found.keys() == expected.keys()
+    size = length(expected)
+    assert size > 1e-4
+    clip = min(1., 1 / (size + 1e-6))
+    rest = {name: found[name] - clip * expected[name] for name in found}
+    assert length(rest) < 1e-3 * clip * size, f'off by {length(rest) / clip / size:.1e} of it'
+
+def algorithm_1(base, nets, s, it, seed, gan, split, couple, side):
+    """The losses of an iteration in one piece, from the paper, at the student's step s; the random
+    numbers are those of m.draw in the order of the iteration. Returns the gradients of the three
+    networks and the losses; leaves the fake score coupled."""
+    student, fake, heads = (nets.get(name) for name in ('student', 'fake', 'heads'))
+    flow = base.schedule.kind == 'flow'
+    alpha, sigma = base.schedule.alpha, base.schedule.sigma
+    eps, u = m.draw(seed, it, range(BATCH), (9, *base.latent_shape))
+    eps = eps.unbind(1)
+    tau_eps, low_eps, made_eps, fake_eps, real_eps = eps[4:]
+    real, texts = samples(base, seed, it)
+    y = base.encode(texts)
+    at = base.schedule.steps(4)[:, None].expand(4, BATCH)
+
+    def time(u, low, high):
+        if not flow:
+            return (low + (high + 1 - low) * u).floor()
+        v = (low + (high - low) * u) / 1000
+        return 3000 * v / (1 + 2 * v)
+
+    def noised(x, eps, t):
+        return alpha(t) * x + sigma(t) * eps
+
+    def score(net, x, t, cfg=1.):
+        """The score of the marginal at t: -eps / sigma, of a flow's v = eps - x0 too."""
+        out = base.predict(net, x, t, y)
+        if cfg != 1:
+            empty = base.predict(net, x, t, [a.expand_as(b) for a, b in zip(base.uncond, y)])
+            out = empty + cfg * (out - empty)
+        out = out.double()
+        return -(x + alpha(t) * out if flow else out) / sigma(t)
+
+    def G(x, t):
+        out = base.predict(student, x, t, y)
+        return x - sigma(t) * out if flow else (x - sigma(t) * out) / alpha(t)
+
+    # the student's input at step s, its x0, and for the GAN what it makes of that at low noise
+    with torch.no_grad():
+        x = eps[0]
+        for k in range(s):
+            x = noised(G(x, at[k]), eps[k + 1], at[k + 1])
+    x0 = z = G(x, at[s])
+    if gan != 'none' and split:
+        with torch.no_grad():
+            end = x0
+            for k in range(s + 1, 4):
+                end = G(noised(end, eps[k], at[k]), at[k])
+        z = G(noised(end, low_eps, at[3]), at[3])               # one step of four is at low noise
+
+    # eq. 3 and 4
+    with torch.no_grad():
+        tau = time(u[:, 0], 20, 980)
+        x = noised(x0, tau_eps, tau)
+        s_real, s_fake = score(base.teacher, x, tau, CFG), score(fake, x, tau)
+        r = (x + sigma(tau) ** 2 * s_real) / alpha(tau)                     # Tweedie's formula
+        far = (x0 - r).abs().mean((1, 2, 3), keepdim=True)
+        push = (s_fake - s_real) * sigma(tau) ** 2 / alpha(tau) / far
+    losses = dict(dm=.5 * push.square().mean())
+    student_loss = (push * x0).mean()
+
+    # eq. 8 and 9; the latent GAN's are DMD2's
+    def crop(x):
+        """The same random square, on the latents' grid, of latents and of pixels."""
+        share = side / base.size if side else 1
+        cells = round(base.latent_shape[-1] * share)
+        places = base.latent_shape[-1] - cells + 1
+        stream = m.generator(seed, it, 2 ** 31)
+        top, left = torch.randint(places, (2,), generator=stream).tolist()
+        unit = x.shape[-1] // base.latent_shape[-1]
+        return x[..., unit * top:unit * (top + cells), unit * left:unit * (left + cells)]
+
+    def D(x, eps, t):
+        if gan == 'latent':
+            x = base.features(fake, noised(x, eps, t), t, y)[-1]
+        return heads(x)
+
+    made = base.decode(crop(z)) if gan == 'pixel' else z
+    if gan == 'pixel':
+        losses['gan/g'] = -D(made, made_eps, time(u[:, 1], 0, 999)).mean()
+    if gan == 'latent':
+        losses['gan/g'] = -F.logsigmoid(D(made, made_eps, time(u[:, 1], 0, 999))).mean()
+    if gan != 'none':
+        student_loss = student_loss + WEIGHT * losses['gan/g']
+    grads = dict(student=gradient(student_loss, student))
+
+    # eq. 11, and then the fake score's own loss, eq. 6
+    with torch.no_grad():
+        for psi, theta in zip(m.trained(fake).values(), m.trained(student).values()):
+            psi.copy_(couple * psi + (1 - couple) * theta)
+    clean, made = x0.detach(), made.detach()
+    t = time(u[:, 2], 0, 999)
+    if flow:
+        v = Normal(0., 1.).icdf(u[:, 2]).sigmoid()              # SD3's logit-normal, shifted
+        t = 3000 * v / (1 + 2 * v)
+    target = fake_eps - clean if flow else fake_eps
+    out = base.predict(fake, noised(clean, fake_eps, t), t, y)
+    losses['fake'] = own = (out - target).square().mean()
+    if gan != 'none':
+        t = time(u[:, 3], 0, 999)
+        at_real = D(crop(real) if gan == 'pixel' else base.latents(real), real_eps, t)
+        at_made = D(made, made_eps, t)
+        if gan == 'pixel':
+            d = (1 - at_real).clamp(min=0).mean() + (1 + at_made).clamp(min=0).mean()
+            grads['heads'] = gradient(d, heads)
+        else:
+            d = -F.logsigmoid(at_real).mean() - F.logsigmoid(-at_made).mean()
+            own = own + .01 * d                  # D is the fake score's own half, with a weight
+            grads['heads'] = gradient(own, heads)
+        losses['gan/d'] = d
+    grads['fake'] = gradient(own, fake)
+    return grads, losses
+
+ITERATIONS = {      # script, family, --lora, then --seed, --gan, --split, --couple and --gan_crop
+    'pixel': ('train_stage1.py', 'sdxl', 0, 1, 'pixel', True, .9, 0),
+    'latent': ('train_stage1.py', 'sdxl', 0, 10, 'latent', False, 1., 0),
+    'sd3-pixel-crop': ('train_stage1.py', 'sd3', 4, 2, 'pixel', True, .9, 32),
+    'sd3-latent': ('train_stage1.py', 'sd3', 4, 3, 'latent', False, .9, 0),
+    'sd3-none': ('train_stage1.py', 'sd3', 0, 7, 'none', True, .9, 0),
+    'stage2-latent-split': ('train_stage2.py', 'sdxl', 32, 3, 'latent', True, .9, 0)}
+
+@pytest.mark.parametrize('case', ITERATIONS)
+def test_the_gradients_of_an_iteration_are_the_papers(case, tmp_path):
+    """Algorithm 1, and DMD2's losses without the split: every gradient that one iteration of the
+    real script leaves, its log, and the weights, of which only the coupling moves any."""
+    script, name, rank, seed, gan, split, couple, side = ITERATIONS[case]
+    base = family(name)
+    lora = m.lora_config(base.teacher, rank, 2. * rank, 'attention') if rank else None
+    torch.manual_seed(0)
+    nets = {net: moved(base.trainable(lora), k) for k, net in enumerate(('student', 'fake'))}
+    if gan == 'pixel':
+        sam = m.load_sam_encoder(str(ROOT / 'assets/toy/sam.pth'))
+        nets['heads'] = m.PixelDiscriminator(sam, base.size)
+    if gan == 'latent':
+        nets['heads'] = m.Head(base.channels(base.teacher)[-1])
+    it = 6 if script == 'train_stage2.py' else 1         # stage 2 distils in every sixth iteration
+    where = ['--init', 'assets/toy/student'] if it == 6 else ['--lora', rank]
+    row, after, grads = iteration(
+        script, tmp_path / 'run', it, nets, *where, '--recipe', 'toy-sd3' if name == 'sd3' else
+        'toy', '--model', f'assets/toy/{name}', '--seed', seed, '--gan', gan,
+        '--split' if split else '--no-split', '--couple', couple, '--gan_crop', side)
+    steps = base.schedule.steps(4).long().tolist()
+    s, = [k for k in range(4) if f'dm/{steps[k]}' in row]
+    expected, losses = algorithm_1(base, nets, s, it, seed, gan, split, couple, side)
+    for net in nets:
+        assert_same_gradient(grads[net], expected[net])
+        for k, w in m.trained(nets[net]).items():
+            assert torch.allclose(after[net][k], w, rtol=1e-6, atol=1e-7), (net, k)
+    assert abs(row['norm/student'] - length(expected['student'])) < 1e-3 * row['norm/student']
+    losses[f'dm/{steps[s]}'] = losses.pop('dm')
+    for key, value in losses.items():
+        assert abs(row[key] - value) < 1e-3 * abs(value) + 1e-6, key
+
+PAIRS = {                                                # family, seed, --reward, --clamp, --beta
+    'latent': ('sdxl', 1, 'latent', 0., 10.),
+    'clamped': ('sdxl', 1, 'latent', .008, 10.),
+    'sd3-pickscore': ('sd3', 2, 'pickscore', 0., 10.)}
+
+@pytest.mark.parametrize('case', PAIRS)
+def test_the_gradient_of_a_preference_update_is_the_papers(case, tmp_path, monkeypatch):
+    """Eq. 12 and 13 on two Gaussians, log-densities in float64: of a pair, H is the difference of
+    the log-ratios of winner and loser, means over D dimensions, and
+
+        dL/dx0 = -beta sigmoid(-beta H) (alpha / sigma^2) (w - l) / (D x batch)
+
+    --clamp takes the gradient from a log-ratio beyond it. A sample with a NaN among its rewards
+    teaches nothing."""
+    from rewards import PickScore
+    name, seed, kind, clamp, beta = PAIRS[case]
+    base = family(name)
+    alpha, sigma = base.schedule.alpha, base.schedule.sigma
+    it, K, rank = 1, 3, 4
+    lora = m.lora_config(base.teacher, rank, 2. * rank, 'attention')
+    torch.manual_seed(0)
+    reference = moved(base.trainable(lora), 0)
+    facts = dict(base_model=f'assets/toy/{name}', recipe='toy', iteration=9, prompts=['a star'])
+    steps = base.schedule.steps(4)
+    (tmp_path / 'init').mkdir()
+    m.save_student(tmp_path / 'init/student', base, reference, steps, 'float32', facts, lora)
+    student = moved(copy.deepcopy(reference), 1, 1.)
+    nets = dict(student=student, fake=reference)
+
+    # in the script's first call the second sample has a NaN among its rewards
+    forward = m.LatentReward.forward
+    calls = []
+
+    def spoilt(self, *inputs):
+        r = forward(self, *inputs)
+        if not calls:
+            r[K] = float('nan')
+        calls.append(r)
+        return r
+
+    with monkeypatch.context() as patch:
+        patch.setattr(m.LatentReward, 'forward', spoilt)
+        row, after, grads = iteration(
+            'train_stage2.py', tmp_path / 'run', it, nets, '--init', tmp_path / 'init', '--recipe',
+            'toy-sd3' if name == 'sd3' else 'toy', '--model', f'assets/toy/{name}', '--reward',
+            kind, '--no-joint', '--gan', 'none', '--seed', seed, '--rl_steps', 'all',
+            '--candidates', K, '--clamp', clamp, '--beta', beta)
+    assert not grads['fake'] and 'fake' not in row
+    for net in nets:
+        assert all(torch.equal(after[net][k], w) for k, w in m.trained(nets[net]).items())
+
+    # the student's input at step s, its x0 and the reference's
+    s, = [k for k in range(4) if f'reward/{int(steps[k])}' in row]
+    eps, _ = m.draw(seed, it, range(BATCH), (4 + K, *base.latent_shape))
+    texts = samples(base, seed, it)[1]
+    y = base.encode(texts)
+    x = eps[:, 0]
+    at = steps[:, None].expand(4, BATCH)
+    with torch.no_grad():
+        for k in range(s):
+            x = base.schedule.noised(base.x0(student, x, at[k], y), eps[:, k + 1], at[k + 1])
+        x_ref = base.x0(reference, x, at[s], y)
+    x0 = base.x0(student, x, at[s], y)
+
+    # the sampler's own next states, and which of them the reward likes best and least
+    a, sd = alpha(at[s + 1]), sigma(at[s + 1])
+    each = [text for text in texts for _ in range(K)]
+    t = at[s + 1].repeat_interleave(K)
+    with torch.no_grad():
+        z = (a * x0)[:, None] + sd[:, None] * eps[:, 4:]
+        if kind == 'latent':
+            lrm = m.load_latent_reward(str(ROOT / 'assets/toy/lrm'), base)
+            r = lrm(z.flatten(0, 1), t, lrm.encode(each)).view(BATCH, K)
+            r[1] = 0
+        else:
+            pixels = base.decode(base.x0(student, z.flatten(0, 1), t, base.encode(each)))
+            judge = PickScore(str(ROOT / 'assets/toy/pickscore'))
+            r = judge.score((pixels / 2 + .5).clamp(0, 1), each).view(BATCH, K)
+    w, l = z[range(BATCH), r.argmax(1)], z[range(BATCH), r.argmin(1)]
+    sound = T([1., float(kind != 'latent'), 1, 1])
+
+    def log_ratio(z):
+        p, p_ref = (Normal(a * x.double(), sd.double()) for x in (x0.detach(), x_ref))
+        return (p.log_prob(z.double()) - p_ref.log_prob(z.double())).mean((1, 2, 3))
+
+    least, most = (math.log(1 - clamp), math.log(1 + clamp)) if clamp else (-9, 9)
+    H = log_ratio(w).clamp(least, most) - log_ratio(l).clamp(least, most)
+    slope = 0.
+    within = []
+    for z, sign in (w, 1), (l, -1):
+        inside = (least < log_ratio(z)) & (log_ratio(z) < most)
+        within.append(inside)
+        # d log p / d x0; between winner and loser the x0 in it cancels
+        slope = slope + sign * inside.view(-1, 1, 1, 1) * a * (z - a * x0.detach()) / sd ** 2
+    factor = sound * -beta * torch.sigmoid(-beta * H) / x0.numel()
+    expected = gradient((factor.view(-1, 1, 1, 1) * slope * x0).sum(), student)
+    if case == 'clamped':
+        assert 0 < sum(inside.sum() for inside in within) < 2 * BATCH
+    assert_same_gradient(grads['student'], expected)
+    L = -F.logsigmoid(beta * H) * sound
+    for key, value in {
+            'rl/loss': L.mean(), 'rl/ratio': H.exp().mean(), 'rl/unsound': 1 - sound.mean(),
+            'rl/gap': (r.amax(1) - r.amin(1)).mean(), f'reward/{int(steps[s])}': r.mean()}.items():
+        assert abs(row[key] - value) < 1e-3 * abs(value) + 1e-6, key
+
+# --------------------------------------------------------------------------------------------------
+# SAM discriminator
+
+def sam_of(**sizes):
+    """segment_anything's Sam with an encoder of these sizes, rel_pos and pos_embed not zero."""
+    from segment_anything.modeling import ImageEncoderViT, Sam
+    encoder = ImageEncoderViT(
+        patch_size=16, out_chans=256, use_rel_pos=True, window_size=14, mlp_ratio=4,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6), **sizes)
+    with torch.no_grad():
+        for name, w in encoder.named_parameters():
             if 'rel_pos' in name or 'pos_embed' in name:
                 w.normal_(0, .02)
-    file = tmp_path_factory.mktemp('sam') / 'sam_vit_b.pth'
+    return Sam(encoder, nn.Module(), nn.Module()).eval()
+
+def test_features_are_segment_anythings(tmp_path):
+    """vit_b's width and windows, at 320 px and four blocks: the last global block's features, sent
+    through the encoder's own neck, are the encoder's output."""
+    torch.manual_seed(0)
+    sam = sam_of(img_size=320, embed_dim=768, depth=4, num_heads=12, global_attn_indexes=[1, 3])
+    file = tmp_path / 'sam.pth'
     torch.save(sam.state_dict(), file)
-    return sam, file
-
-
-def test_vit_b_at_full_size_is_segment_anythings(vit_b):
-    """1024 px: the last global block's features, sent through the encoder's own neck, are the encoder's output."""
-    sam, file = vit_b
-    encoder, blocks = m.load_sam_encoder(str(file))
-    assert blocks == [2, 5, 8, 11] and encoder.img_size == 1024
-    disc = m.PixelDiscriminator(encoder, blocks, 1024)
-    x = torch.rand(1, 3, 1024, 1024) * 2 - 1
+    encoder = m.load_sam_encoder(str(file))
+    assert encoder.img_size == 320
+    disc = m.PixelDiscriminator(encoder, 640)              # pictures are resized to the encoder's
+    assert disc.blocks == [1, 3]
+    x = torch.rand(1, 3, 640, 640) * 2 - 1
     with torch.no_grad():
         features = disc.features(x)
-        assert [tuple(f.shape) for f in features] == [(1, 768, 64, 64)] * 4
-        reference = sam.image_encoder(sam.preprocess((x + 1) * 127.5))
+        assert [tuple(f.shape) for f in features] == [(1, 768, 20, 20)] * 2
+        small = F.interpolate(x, (320, 320), mode='bilinear', antialias=True)
+        reference = sam.image_encoder(sam.preprocess((small + 1) * 127.5))
         assert torch.allclose(sam.image_encoder.neck(features[-1]), reference, atol=1e-3)
-        assert disc(x[..., :256, :256]).shape == (1, 4)                                                # a 256 px crop
-        assert [tuple(f.shape) for f in disc.features(x[..., :256, :256])] == [(1, 768, 16, 16)] * 4
+        crop = x[..., :160, :160]
+        assert disc(crop).shape == (1, 2)
+        assert [tuple(f.shape) for f in disc.features(crop)] == [(1, 768, 5, 5)] * 2
 
-
-@pytest.mark.parametrize('name, blocks', [('vit_l', [5, 11, 17, 23]), ('vit_h', [7, 15, 23, 31])])
-def test_other_sams_sizes_are_read_off_the_state(name, blocks):
+@pytest.mark.parametrize('name, blocks', [
+    ('vit_b', [2, 5, 8, 11]), ('vit_l', [5, 11, 17, 23]), ('vit_h', [7, 15, 23, 31])])
+def test_sams_sizes_are_read_off_the_state(name, blocks):
     import segment_anything
     with torch.device('meta'):
         state = segment_anything.sam_model_registry[name]().state_dict()
-        encoder, found = m.build_sam_encoder(state)
-    assert found == blocks
-    reference = {k[len('image_encoder.'):]: v.shape for k, v in state.items() if k.startswith('image_encoder.')}
+        encoder = m.build_sam_encoder(state)
+        assert m.PixelDiscriminator(encoder, 1024).blocks == blocks
+    prefix = 'image_encoder.'
+    reference = {k.removeprefix(prefix): v.shape for k, v in state.items() if prefix in k}
     assert {k: v.shape for k, v in encoder.state_dict().items()} == reference
-
+    assert encoder.img_size == 1024
 
 def test_discriminator_is_differentiable_in_the_pixels_and_trains_heads_only():
-    from conftest import ROOT
     torch.manual_seed(0)
-    disc = m.PixelDiscriminator(*m.load_sam_encoder(str(ROOT / 'assets/toy/sam.pth')), 64)
+    disc = m.PixelDiscriminator(m.load_sam_encoder(str(ROOT / 'assets/toy/sam.pth')), 64)
     x = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
     disc(x).mean().backward()
     assert x.grad.abs().sum() > 0
     assert all((w.grad is not None) == ('heads' in k) for k, w in disc.named_parameters())
-    checkpointed = m.PixelDiscriminator(disc.encoder, disc.blocks, 64, checkpointing=True)
-    checkpointed.heads = disc.heads
+    again = m.PixelDiscriminator(disc.encoder, 64, checkpointing=True)
+    again.heads = disc.heads
     z = x.detach().clone().requires_grad_()
-    checkpointed(z).mean().backward()
+    again(z).mean().backward()
     assert torch.allclose(x.grad, z.grad, atol=1e-7)
 
+# --------------------------------------------------------------------------------------------------
+# the latent reward
 
-# --------------------------------------------------------------------------------------------- preferences on latents
+def lrm_score(reward, stages, cond, uncond, text):
+    """LPO's formula of what the network makes of (z, t), averaged: guidance on the last alone."""
+    v = torch.cat([*stages, uncond + 7.5 * (cond - uncond)], 1)
+    v = v @ reward.visual_projection.weight.T
+    return reward.logit_scale.exp() * F.cosine_similarity(v, text)
 
-def test_log_ratio_is_the_gaussians():
-    """Against plain log-densities in float64; exactly 0 where student and reference agree."""
-    from torch.distributions import Normal
+def reward_of(base):
     torch.manual_seed(0)
-    x0, ref, z = torch.randn(3, 5, 4, 8, 8).double()
-    a, sigma = .53, .85
-    expected = (Normal(a * x0, sigma).log_prob(z) - Normal(a * ref, sigma).log_prob(z)).mean((1, 2, 3))
-    assert torch.allclose(m.log_ratio(z, x0, ref, a, sigma), expected, rtol=1e-12)
-    near = x0.float() + 1e-4 * ref.float()                       # fp32, a policy hardly moved: the difference of squares fails
-    expected = (Normal(a * near.double(), sigma).log_prob(z) - Normal(a * x0, sigma).log_prob(z)).mean((1, 2, 3))
-    assert torch.allclose(m.log_ratio(z.float(), near, x0.float(), a, sigma).double(), expected, rtol=1e-3)
-    assert (m.log_ratio(z, x0, x0, a, sigma) == 0).all()
+    encoders = base.pipe.text_encoder, base.pipe.text_encoder_2
+    return m.LatentReward(base, base.trainable().eval(), *encoders)
 
+PROMPTS = ['a red circle on blue', 'a white ring on black', 'a star']
 
-def test_stage_2s_own_loss_lines():
-    """The lines of train_stage2.py themselves: H is the pair's log-ratio, and the gradient is the closed form
-
-        dL/dx0 = -beta sigmoid(-beta H) (alpha / sigma^2) (w - l) / (dimensions x batch)
-    """
-    import math
-    import re
-    import textwrap
-    source = open(m.__file__.replace('model.py', 'train_stage2.py')).read()
-    lines = textwrap.dedent(re.search(r'\n( +H = .*?loss = [^\n]*\n)', source, re.S).group(1))
-    torch.manual_seed(0)
-    x_ref, w, l = torch.randn(3, 5, 4, 8, 8).double()
-    x0 = (x_ref + .1 * torch.randn_like(x_ref)).requires_grad_()
-    a, sigma, beta = torch.tensor(.53).double(), torch.tensor(.85).double(), 70.
-    sound = torch.tensor([True, True, False, True, True])
-
-    def run(clamp):
-        space = dict(x0=x0, x_ref=x_ref, w=w, l=l, a=a, sigma=sigma, sound=sound, F=F, m=m, math=math, torch=torch,
-                     args=SimpleNamespace(beta=beta, clamp=clamp))
-        exec(lines, space)
-        return space['H'], space['loss']
-
-    H, loss = run(0.)
-    plain = m.log_ratio(w, x0, x_ref, a, sigma) - m.log_ratio(l, x0, x_ref, a, sigma)
-    assert torch.allclose(H, plain, rtol=1e-10)
-    gradient, = torch.autograd.grad(loss, x0)
-    D = x0[0].numel()
-    closed = -beta * torch.sigmoid(-beta * H).view(-1, 1, 1, 1) * a / sigma ** 2 * (w - l) / D / len(x0)
-    closed[2] = 0                                                                              # a group with a NaN among its rewards
-    assert torch.allclose(gradient, closed, rtol=1e-9)
-    wide, narrow = run(.99)[0], run(1e-3)[0]
-    assert torch.allclose(wide, plain, rtol=1e-9) and narrow.abs().max() <= math.log(1.001 / .999) + 1e-12
-
-
-def test_latent_reward_is_lpos_formula(toy):
-    """Against a forward pass written out from the UNet's own blocks, with the guidance on the mid feature alone."""
-    torch.manual_seed(0)
-    reward = m.LatentReward(toy, toy.trainable().eval(), toy.pipe.text_encoder, toy.pipe.text_encoder_2)
-    net, z, t = reward.net, torch.randn(3, *toy.latent_shape), torch.tensor([749., 499., 1.])
-    y = reward.encode(['a red circle on blue', 'a white ring on black', 'a star'])
+@torch.no_grad()
+def test_a_unets_latent_reward_is_lpos():
+    """Against a forward pass written out from the UNet's own blocks."""
+    base = family('sdxl')
+    reward = reward_of(base)
+    net = reward.net
+    z = normal(3, *base.latent_shape)
+    t = T([749., 499., 1.])
+    y = reward.encode(PROMPTS)
 
     def features(e, pooled):
-        sizes = torch.tensor([64., 64, 0, 0, 64, 64]).repeat(3)
+        sizes = T([64., 64, 0, 0, 64, 64]).repeat(3)
         extra = torch.cat([pooled, net.add_time_proj(sizes).view(3, -1)], 1)
-        h, emb, out = net.conv_in(z), net.time_embedding(net.time_proj(t)) + net.add_embedding(extra), []
+        emb = net.time_embedding(net.time_proj(t)) + net.add_embedding(extra)
+        h = net.conv_in(z)
+        out = []
         for block in net.down_blocks:
             for resnet, attention in zip(block.resnets, block.attentions):
                 h = attention(resnet(h, emb), encoder_hidden_states=e).sample
@@ -389,67 +649,33 @@ def test_latent_reward_is_lpos_formula(toy):
                 h = down(h)
         return out, net.mid_block(h, emb, encoder_hidden_states=e).mean((2, 3))
 
-    with torch.no_grad():
-        stages, cond = features(y[0][:3], y[1][:3])
-        _, uncond = features(y[0][3:], y[1][3:])
-        v = torch.cat(stages + [uncond + 7.5 * (cond - uncond)], 1) @ reward.visual_projection.weight.T
-        expected = reward.logit_scale.exp() * F.cosine_similarity(v, y[1][:3])
-        assert torch.allclose(reward(z, t, y), expected, rtol=1e-4)
-    empty = toy.pipe.encode_prompt([''], device='cpu', do_classifier_free_guidance=False)[0]
-    assert torch.allclose(y[0][3:], empty.expand(3, -1, -1)) and empty.abs().sum() > 0
+    stages, cond = features(y[0][:3], y[1][:3])
+    _, uncond = features(y[0][3:], y[1][3:])
+    expected = lrm_score(reward, stages, cond, uncond, y[1][:3])
+    assert torch.allclose(reward(z, t, y), expected, rtol=1e-4)
+    empty = base.pipe.encode_prompt([''], device='cpu', do_classifier_free_guidance=False)[0]
+    assert torch.allclose(y[0][3:], empty.expand(3, -1, -1))
+    assert empty.abs().sum() > 0
 
-
-# ------------------------------------------------------------------------------------------------ SDXL's real sizes
-
-def latent_reward_of(base, unet):
-    """LatentReward around a UNet of SDXL's size, with text encoders in name only."""
-    reward = m.LatentReward.__new__(m.LatentReward)
-    base.pipe = SimpleNamespace(components={})
-    text = nn.Module()
-    text.config = SimpleNamespace(projection_dim=1280)
-    reward.__init__(base, unet, text, text)
-    return reward.to('meta')
-
-
-def test_one_iteration_at_sdxl_size_on_meta():
-    """Every pass of a stage-1 iteration at 1024 px with SDXL-base's own configuration, without memory: shapes, dtypes."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from segment_anything import build_sam_vit_b
-    with torch.device('meta'):
-        unet = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=[5, 10, 20],
-            down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-            up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), transformer_layers_per_block=[1, 2, 10],
-            cross_attention_dim=2048, addition_embed_type='text_time', addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816, use_linear_projection=True)
-        vae = AutoencoderKL(sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                            down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4,
-                            scaling_factor=.13025)
-        disc = m.PixelDiscriminator(*m.build_sam_encoder(build_sam_vit_b().state_dict()), 1024)
-    assert sum(w.numel() for w in unet.parameters()) == 2_567_463_684
-    base = bare_base()
-    base.size, base.vae = 1024, vae.requires_grad_(False)
-    base.schedule = m.Schedule(EulerDiscreteScheduler(**BETAS))
-    base.uncond = (torch.zeros(1, 77, 2048, device='meta'), torch.zeros(1, 1280, device='meta'))
-    y = (torch.zeros(1, 77, 2048, device='meta'), torch.zeros(1, 1280, device='meta'))
-    steps, noise = base.schedule.steps(4).to('meta'), torch.empty(1, 9, 4, 128, 128, device='meta')
-    with torch.no_grad():
-        before = m.backward_simulation(base, unet, steps, noise, y, stop=2)
-    x0 = base.x0(unet, *m.at_step(base, steps, noise, 2, before), y)
-    assert x0.shape == (1, 4, 128, 128) and x0.dtype == torch.float32 and x0.requires_grad
-    with torch.no_grad():
-        r = base.x0(unet, x0, steps[1:2], y, 8.)
-    _, push = m.slope(lambda x: m.dm_loss(x, r, r), x0)
-    _, pull = m.slope(lambda x: -disc(base.decode(x)).mean(), x0)
-    torch.autograd.backward([x0, x0], [push, pull])
-    assert all(w.grad is not None and w.grad.shape == w.shape for w in unet.parameters())
-    m.diffusion_loss(base, unet, x0.detach(), noise[:, 4], steps[:1], y).backward()
-    assert base.decode(x0).shape == (1, 3, 1024, 1024) and base.latents(base.decode(x0)).shape == (1, 4, 128, 128)
-    assert m.bottleneck(base, unet, x0, steps[:1], y).shape == (1, 1280, 32, 32)
-    assert [tuple(f.shape) for f in m.encoder_features(base, unet, x0, steps[:1], y)] == [
-        (1, 320, 128, 128), (1, 640, 64, 64), (1, 1280, 32, 32), (1, 1280, 32, 32)]
-    reward = latent_reward_of(base, unet)
-    assert reward.visual_projection.weight.shape == (1280, 3520)                             # casiatao/LRM's
-    two = [torch.cat([a, a]) for a in y]
-    assert reward(x0, steps[:1], two).shape == (1,)
-    assert m.Head(1280).to('meta')(torch.empty(1, 1280, 32, 32, device='meta')).shape == (1, 1)
+@torch.no_grad()
+def test_a_transformers_latent_reward_is_lpos():
+    """Against a forward pass written out from the transformer's own first blocks."""
+    base = family('sd3')
+    reward = reward_of(base)
+    net = reward.net
+    assert len(net.transformer_blocks) == 3
+    z = normal(3, *base.latent_shape)
+    t = T([900., 750., 500.])
+    y = reward.encode(PROMPTS)
+    assert torch.equal(y[0][:3], base.encode(PROMPTS)[0])
+    found = []
+    for e, pooled in [v[:3] for v in y], [v[3:] for v in y]:
+        h, e, emb = net.pos_embed(z), net.context_embedder(e), net.time_text_embed(t, pooled)
+        for block in net.transformer_blocks:
+            e, h = block(hidden_states=h, encoder_hidden_states=e, temb=emb)
+            found.append(h.mean(1))
+    tokens = base.pipe.tokenizer_2(PROMPTS, padding='max_length', return_tensors='pt').input_ids
+    text = base.pipe.text_encoder_2(tokens).text_embeds
+    first, second, cond, _, _, uncond = found
+    expected = lrm_score(reward, [first, second], cond, uncond, text)
+    assert torch.allclose(reward(z, t, y), expected, rtol=1e-4, atol=1e-4)
