@@ -1132,20 +1132,20 @@ def damage(state):
 def newest_state(folder, flag='--out', own=True):
     """The newest sound state in a run's folder, or None. A damaged one is passed over with a line
     and, where the run is this one's own, set aside until the next save."""
-    found, sound = [], None
-    if dist.get_rank() == 0:                                       # reading it all once is enough
-        for found in reversed(states_of(folder)):
-            wrong = damage(found)
-            if not wrong:
-                sound = found
-                break
-            print(f'{found} is damaged ({wrong})', flush=True)
-            if own:
-                aside = Path(f'{found}.damaged')
-                remove(aside)
-                os.replace(found, aside)
-    found, sound = gathered((found, sound))[0]
-    if found and not sound:
+    sound, damaged = None, []
+    for state in reversed(states_of(folder)) if dist.get_rank() == 0 else ():     # once is enough
+        wrong = damage(state)
+        if not wrong:
+            sound = state
+            break
+        damaged.append(state)
+        print(f'{state} is damaged ({wrong})', flush=True)
+    for state in damaged if sound and own else ():
+        aside = Path(f'{state}.damaged')
+        remove(aside)
+        os.replace(state, aside)
+    sound, damaged = gathered((sound, damaged))[0]
+    if damaged and not sound:
         die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
     return sound
 
