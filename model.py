@@ -957,9 +957,14 @@ def launch(minutes):
         # PR_SET_PDEATHSIG: a rank without its torchrun would go on saving into the folder of the
         # run that is started in its place
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)
-    sys.excepthook = last_words
+    patience = timedelta(minutes=minutes)
+    store = dist.HashStore()
+    if world > 1:
+        # torchrun's --max-restarts keeps the store, with the addresses of those who died in it
+        store, *_ = next(dist.rendezvous('env://', timeout=patience))
+        store = dist.PrefixStore(f'life {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    sys.excepthook = last_words                # after torch.distributed has set its own
     return rank, world, device
 
 def last_words(kind, error, trace):

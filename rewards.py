@@ -43,7 +43,7 @@ class Reward(nn.Module):
             raise Unavailable(
                 f'{source} could not be found, downloaded or read as this model (pickled code is '
                 f'never run); give a whole copy, best in safetensors as {self.safe} is '
-                f'({" ".join(str(error).split())[:100]})') from error
+                f'({" ".join(str(error).split())[:125]})') from error
         self.to(device)
 
     def tokens(self, texts):
