@@ -24,8 +24,8 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ flag('--image_column', help='column of the pictures in --real')
 flag('--text_column', help='column of the captions in --real')
 flag('--n_real', type=int, default=512, help='how many real pictures')
 flag('--batch', type=int, default=16, help='pictures per call')
-flag('--workers', type=int, default=2, help='processes per rank that read pictures')
+flag('--workers', type=int, default=2, help='threads per rank that read pictures')
 flag('--seed', type=int, default=0, help='picture i depends on (seed, i) alone')
 flag('--sheet', choices=['', *METRICS[:-2]], default='',
      help='draw the 16 best and the 16 worst pictures by this score, beside --out')
@@ -223,12 +223,19 @@ for label, (name, steps, load) in rows.items():
                     to_pil_image(picture).save(tmp, 'PNG')
     del pipe                                               # the scorers want the device's memory
 
+def read(file):
+    """A picture, uint8 (3, H, W), or None where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return pil_to_tensor(Image.open(file).convert('RGB'))
+
+# threads: a process that is forked beside those of the process group may hang
+readers = ThreadPoolExecutor(max(1, args.workers))
+
 def opened(items):
     """[(index, file)] -> [(indices, uint8 (B, 3, H, W))], one for each size of the readable."""
     by_size = {}
-    for i, file in items:
-        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            picture = pil_to_tensor(Image.open(file).convert('RGB'))
+    for (i, _), picture in zip(items, readers.map(read, [file for _, file in items])):
+        if picture is not None:
             by_size.setdefault(picture.shape, {})[i] = picture
     return [(list(found), torch.stack([*found.values()])) for found in by_size.values()]
 
@@ -245,16 +252,13 @@ def score(index, x):
 
 for scorer in scorers.values():
     scorer.to(device)
-workers = args.workers if sys.platform == 'linux' else 0
 tables = {}                                            # {label: what score returns, by the index}
 for label, paths in files_of.items():
     share = [(i, file) for i, file in paths.items() if i % world == rank]
-    loader = DataLoader(share, args.batch, num_workers=workers, collate_fn=opened,
-                        multiprocessing_context='fork' if workers else None)
     scored = []
     with clocked('scoring in all', len(share)):
-        for groups in tqdm(loader, f'scoring {label}', disable=rank > 0):
-            for index, x in groups:
+        for k in tqdm(range(0, len(share), args.batch), f'scoring {label}', disable=rank > 0):
+            for index, x in opened(share[k:k + args.batch]):
                 scored.append(score(index, x.to(device).float() / 255))
     scored = sum(m.gathered(scored), [])
     if not scored:
@@ -333,7 +337,7 @@ if 'fid' in args.metrics:
     try:
         for label, scored in tables.items():
             made = [files_of[label][i] for i in scored.index]
-            value = R.fid(made, real_files, device, args.batch, args.workers)
+            value = R.fid(made, real_files, device, args.batch)
             table[label]['fid'] = dict(value=value)
     except R.Unavailable as error:
         unavailable['fid'] = str(error)
