@@ -114,6 +114,8 @@ def test_noise_depends_on_seed_iteration_and_sample_only():
     half, v = m.draw(0, 5, range(4, 8), (3, 4, 2, 2))
     assert torch.equal(whole[4:], half)
     assert torch.equal(u[4:], v)
+    assert (whole[1:] - whole[:-1]).flatten(1).abs().mean(1).min() > .5
+    assert u.unique().numel() == u.numel()
     for key in (0, 6), (1, 5):
         other, _ = m.draw(*key, range(8), (3, 4, 2, 2))
         assert (whole - other).abs().min(dim=0).values.mean() > .05
