@@ -22,6 +22,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ import warnings
 import zlib
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -54,6 +56,9 @@ def die(message, alone=False):
     ranks come to the same end, unless this rank is alone with its trouble."""
     if alone or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
+    if dist.is_initialized():                  # its threads would hold up, or abort, a usual exit
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 # what libraries raise for a file that is missing, damaged or something else
@@ -1149,6 +1154,140 @@ def update(opt, net, clip=1.):
     return norm if sound else None
 
 # --------------------------------------------------------------------------------------------------
+# the plan of a run: what it will hold, computed before anything is fetched or built
+
+# of the published models: parameters of the network, the text encoders (texts without a T5), the
+# adapters per rank on all attention; and GB of a student update at 1024 px for each sample: what its
+# two passes keep, with and without gradient checkpointing, and what their backward adds
+SIZES = dict(
+    sdxl=dict(net=2.567e9, texts=.818e9, t5=0., adapters=1.4515e6, kept=(1.18, 13.8), back=.1),
+    sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3))
+# the VAE and SAM's vit_b with its heads, parameters; GB for each sample of a picture of 1024 px from
+# the latent to the logits and back, with and without checkpointing; GB to decode one to look at, and
+# of a layer in flight: gathered, with its gradient. tests/bench.py --only memory counts all of these
+VAE, SAM, HEADS, PICTURE, LOOK, FLIGHT = .0837e9, .0897e9, .0233e9, (13.1, 30.7), 3.3, .8
+
+def stored(folder):
+    """{part: parameters} of a pipeline folder, by the headers of its safetensors files."""
+    found = {}
+    for file in Path(folder).glob('*/*.safetensors'):
+        with safe_open(file, 'pt') as f:
+            sizes = [int(np.prod(f.get_slice(key).get_shape())) for key in f.keys()]
+        found[file.parent.name] = found.get(file.parent.name, 0) + sum(sizes)
+    return found
+
+def gigabytes(args, world, here, cuda):
+    """{'frozen', 'trained', 'activations': GB on each of `world` cards, `here` of them on this
+    machine, 'main': GB of main memory that --cpu_offload takes, 'state', 'student': GB on the disk,
+    'counted': whether activations are known}, for a training script's settings."""
+    family = 'sd3' if 'sd3' in args.recipe else 'sdxl'
+    size = SimpleNamespace(**SIZES[family])
+    net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), VAE
+    counted = True
+    if Path(args.model).is_dir():
+        parts = stored(args.model)
+        net = parts.get('unet', 0) + parts.get('transformer', 0)
+        texts = sum(n for part, n in parts.items() if part.startswith('text_encoder'))
+        vae = parts.get('vae', 0)
+        counted = abs(net / size.net - 1) < .1
+    own = args.lora * size.adapters * net / size.net if args.lora else net
+    spread = here if 1 < here < world else world
+    few = 2 if cuda else 4                                # bytes of a frozen weight; VAE, SAM: 4
+    sam, heads = (SAM, HEADS) if args.gan == 'pixel' and counted else (0, 0)
+
+    # the teacher, and stage 2's reference, of the teacher's own tensors with --lora
+    copies = 1 if args.lora or not hasattr(args, 'rl_ratio') else 2
+    teachers = few * net * copies / (1 if args.lora else spread)
+    frozen = teachers + 4 * (vae + sam) + (0 if args.offload else few * texts)
+    # weights, gradients and two moments, fp32, of student and fake score; autocast's bf16 copy
+    trained = 2 * 16 * own / (1 if args.lora else spread)
+    main = 0
+    if args.cpu_offload:
+        trained, main = 0, trained
+    if not args.lora and counted:
+        trained += FLIGHT * 1e9 if world > 1 or args.cpu_offload else 2 * net * cuda
+    trained += 16 * heads
+    if hasattr(args, 'rl_ratio') and counted:
+        frozen += few * 2.05e9 if args.reward == 'latent' else 3.9e9
+    activations = 0
+    if counted:
+        dear = 0 if args.checkpointing else 1
+        kept = size.kept[dear]
+        area = (args.gan_crop / 1024) ** 2 if args.gan_crop else 1
+        judged = kept + PICTURE[dear] * area * (args.gan == 'pixel')
+        each = max(judged, kept + size.back)
+        # of a network trained whole the gradients of one pass wait for the other's, in bf16
+        learnt = .9 * args.micro + (0 if args.lora else 2e-9 * net)
+        activations = max(each * args.micro, learnt, LOOK + .4 * args.micro) * few / 2
+    state = 2 * 12 * own + 12 * heads
+    saved = dict(float32=4).get(args.save_dtype, 2)
+    student = saved * (own if args.lora else net + texts + vae)
+    return dict(frozen=frozen / 1e9, trained=trained / 1e9, activations=activations,
+                main=main / 1e9, state=state / 1e9, student=student / 1e9, counted=counted)
+
+def card(device):
+    """GB of a CUDA card, or of main memory for each rank of this machine."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9 / here
+
+def peak(device):
+    """GB that this process held at most: on its CUDA card, else in main memory."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1e9 if sys.platform == 'darwin' else 1e6)
+
+def default_recipe(parser, recipes):
+    """'sdxl' where the cards of this machine hold its run with the flags that were given, else
+    'toy', with a line that says so."""
+    if not torch.cuda.is_available():
+        return 'toy'
+    parser.set_defaults(**recipes['sdxl'])
+    args = parser.parse_known_args()[0]
+    args.recipe = 'sdxl'
+    world, here = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+    need = gigabytes(args, world, here, True)
+    total = need['frozen'] + need['trained'] + need['activations']
+    room = card(torch.device('cuda'))
+    if total < room:
+        return 'sdxl'
+    if os.environ.get('RANK', '0') == '0':
+        print(f'SDXL takes {total:.1f} GB on each of {world} cards, which have {room:.1f}: the toy '
+              'in its place. --recipe sdxl --lora 64 --gan_crop 512 takes less, more ranks do')
+    return 'toy'
+
+def plan(args, out, device):
+    """Prints what a run with these settings takes, beside what there is; ends with a sentence where
+    it cannot fit, but for --force. Returns GB a card, 0 where they are not known."""
+    world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    need = gigabytes(args, world, here, device.type == 'cuda')
+    total = need['frozen'] + need['trained'] + need['activations']
+    room = card(device)
+    # two states and one in the making, the student and the one that takes its place
+    disk = 3 * need['state'] + 2 * need['student']
+    held = [file.stat().st_size for file in out.glob('*/*') if file.is_file()]
+    free = (shutil.disk_usage(out).free + sum(held)) / 1e9
+    if dist.get_rank() == 0:
+        more = f'{need["activations"]:.1f} activations'
+        more = more if need['counted'] else 'activations not counted at this size'
+        main = f', {need["main"]:.1f} GB of main memory' if need['main'] else ''
+        print(f'plan: {total:.1f} GB a rank ({need["frozen"]:.1f} frozen, {need["trained"]:.1f} '
+              f'trained, {more}), which has {room:.1f}{main}; {disk:.1f} GB of disk, of which '
+              f'{free:.1f} are free', flush=True)
+    if args.force:
+        return total
+    if total > room:
+        die(f'the run takes {total:.1f} GB on each rank, which has {room:.1f}: more ranks, --lora '
+            '64, a smaller --micro, --gan_crop 512, --offload or --cpu_offload take less; --force '
+            'tries all the same')
+    if disk > free:
+        die(f'--out {out} has {free:.1f} GB free, the run writes {disk:.1f}: choose another disk; '
+            '--force begins all the same')
+    return total
+
+# --------------------------------------------------------------------------------------------------
 # the state of a run: state-<iteration>/rank<r>.safetensors has what rank r holds of weights and
 # moments. Its keys, 'student.weight/<name>@<row>', 'student.exp_avg/<name>@<row>'..., end in where
 # the piece begins, so any number of ranks reads them, each its own rows. state.json has the files'
@@ -1188,6 +1327,7 @@ def save_state(out, it, args, weights, opts, last, save_student):
     state appears, in one rename; the one before it stays, older ones go. A save that fails ends the
     run; with --disk_full skip only if it is not the last.
     """
+    began = time.time()
     check_alike(it, weights)
     rank = dist.get_rank()
     with torch.no_grad():
@@ -1231,6 +1371,9 @@ def save_state(out, it, args, weights, opts, last, save_student):
         for old in states_of(out)[:-2]:
             remove(old)
     if not trouble:
+        if rank == 0:
+            seconds = time.time() - began
+            print(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB in {seconds:.1f} s', flush=True)
         return
     free = shutil.disk_usage(out).free
     words = (f'--out {out}: the save at iteration {it} failed ({trouble}): it needs '
@@ -1417,8 +1560,8 @@ class Log:
             return
         text = '  '.join(f'{name} {value:.4f}' for name, value in row.items() if name != 'skipped')
         print(f'{it:5d}/{self.args.iters}  {text}  {seconds:.2f} s/it', flush=True)
-        memory = torch.cuda.max_memory_allocated() / 2 ** 30 if self.device.type == 'cuda' else 0.
-        row = dict(iteration=it) | row | dict(seconds=seconds, dropped=self.dropped, memory=memory)
+        row = dict(iteration=it) | row | dict(
+            seconds=seconds, dropped=self.dropped, memory=peak(self.device))
         with self.file.open('a') as file:
             file.write(json.dumps(row) + '\n')
         if self.args.wandb:

@@ -23,6 +23,7 @@ import argparse
 import faulthandler
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -63,8 +64,8 @@ LORA_RATES = dict(
 
 p = m.parser(__doc__)
 flag = p.add_argument
-flag('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy',
-     help='table of defaults')
+flag('--recipe', choices=['', *RECIPES], default='',
+     help='table of defaults; empty: sdxl where the cards of this machine hold it, else toy')
 flag('--out', default='out/stage1', help='folder of the run; the same command resumes')
 
 # -- flags of the distillation ---------------------------------------------------------------------
@@ -111,10 +112,13 @@ flag('--sample_every', type=int, default=250, help='iterations between sample gr
 flag('--log_every', type=int, default=1, help='iterations between log lines')
 flag('--timeout', type=float, default=30., help='minutes that an iteration may take at most')
 flag('--disk_full', choices=['stop', 'skip'], default='stop', help='if a save finds no room')
+flag('--force', action=yes_no, default=False, help='begin although the plan does not fit')
+flag('--check', action=yes_no, default=False,
+     help='the plan, one iteration and one save in OUT-check, what they took; nothing is kept')
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # --------------------------------------------------------------------------------------------------
 
-recipe = p.parse_known_args()[0].recipe
+recipe = p.parse_known_args()[0].recipe or m.default_recipe(p, RECIPES)
 p.set_defaults(**RECIPES[recipe])
 chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
@@ -123,6 +127,9 @@ if chosen.gan == 'latent':
 if chosen.lora and not RECIPES[recipe].get('lora'):
     p.set_defaults(**LORA_RATES[recipe.split('-')[0]])
 args = p.parse_args()
+args.recipe = recipe
+if args.check:
+    args.out, args.iters, args.log_every = f'{args.out}-check', 1, 1
 
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
@@ -130,14 +137,22 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
+if args.cpu_offload and args.lora:
+    m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
 if args.batch % (world * args.micro):
     m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
+if args.check and rank == 0:
+    m.remove(Path(args.out))
+m.dist.barrier()
 out = m.writable_folder(args.out, '--out')
 state = m.find_state(out, args)
 start = m.iteration_of(state)
+if rank == 0:
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration {start}')
+planned = m.plan(args, out, device)
 began = time.time()
 told = []                                      # SIGTERM: the iteration is finished, then a save
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
@@ -207,10 +222,8 @@ grid_noise = grid_noise.to(device)
 loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}')
     print(f'{count:.1f} M trained parameters, {len(pictures.rows)} pictures, steps '
-          f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}, from '
-          f'iteration {start}')
+          f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}')
     shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
     print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
 if args.sample_every:
@@ -404,6 +417,12 @@ faulthandler.cancel_dump_traceback_later()
 if rank == 0 and it < args.iters:
     print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
           'from there')
+elif args.check:
+    most = max(m.gathered(m.peak(device)))
+    if rank == 0:
+        m.remove(out)
+        print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '
+              f'{planned:.1f} planned; {out} is removed')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '

@@ -24,6 +24,7 @@ import json
 import math
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -119,6 +120,9 @@ flag('--sample_every', type=int, default=250, help='iterations between sample gr
 flag('--log_every', type=int, default=1, help='iterations between log lines')
 flag('--timeout', type=float, default=30., help='minutes that an iteration may take at most')
 flag('--disk_full', choices=['stop', 'skip'], default='stop', help='if a save finds no room')
+flag('--force', action=yes_no, default=False, help='begin although the plan does not fit')
+flag('--check', action=yes_no, default=False,
+     help='the plan, one iteration and one save in OUT-check, what they took; nothing is kept')
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # -- flags of the preference updates ---------------------------------------------------------------
 flag('--reward', choices=['latent', *R.SCORES], default='latent',
@@ -165,6 +169,9 @@ p.set_defaults(
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
 args = p.parse_args()
 args.recipe, args.init = recipe, str(folder)
+if args.check:                               # a distillation and a preference update
+    args.out, args.iters, args.log_every = f'{args.out}-check', 2, 1
+    args.critic_warmup = 0
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
            rl_lr=0)
 if args.clamp >= 1:
@@ -179,14 +186,22 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
+if args.cpu_offload and args.lora:
+    m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
 if args.batch % (world * args.micro):
     m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
+if args.check and rank == 0:
+    m.remove(Path(args.out))
+m.dist.barrier()
 out = m.writable_folder(args.out, '--out')
 state = m.find_state(out, args)
 start = m.iteration_of(state)
+if rank == 0:
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration {start}')
+planned = m.plan(args, out, device)
 began = time.time()
 told = []                                      # SIGTERM: the iteration is finished, then a save
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
@@ -310,13 +325,12 @@ loader = pictures.batches(
     mine, args.batch, filter(distils, range(start, args.iters)), args.workers)
 rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
 if rank == 0:
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from {folder}, '
-          f'iteration {origin["iteration"]}; weights and moments of its state: '
+    print(f'from {folder}, iteration {origin["iteration"]}; weights and moments of its state: '
           f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
     print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
     print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
           f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
-          f'discriminator alone, from iteration {start}')
+          'discriminator alone')
 
 # --------------------------------------------------------------------------------------------------
 # evaluations
@@ -627,6 +641,12 @@ faulthandler.cancel_dump_traceback_later()
 if rank == 0 and it < args.iters:
     print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
           'from there')
+elif args.check:
+    most = max(m.gathered(m.peak(device)))
+    if rank == 0:
+        m.remove(out)
+        print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '
+              f'{planned:.1f} planned; {out} is removed')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '

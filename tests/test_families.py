@@ -120,7 +120,7 @@ def exported(base, folder, lora=None, student=None):
     pipe.set_progress_bar_config(disable=True)
     return pipe, facts
 
-def test_three_samplers_agree(base, tmp_path, monkeypatch):
+def test_three_samplers_agree(base, group, tmp_path, monkeypatch):
     """backward_simulation, diffusers' pipeline with the exported scheduler, and the closed form
     alpha x0 + sigma noise."""
     steps = base.schedule.steps(4)
@@ -270,7 +270,7 @@ def test_a_saved_lora_is_the_student_at_scale_one(base, tmp_path, alpha):
         assert torch.allclose(ours, base.predict(m.network_of(pipe), *at), atol=1e-4)
         assert (ours - base.predict(base.teacher, *at)).abs().max() > 1e-2
         again = base.trainable(lora)
-        m.restore_student(again, tmp_path / 'student', lora)
+        m.restore_student(base, again, tmp_path / 'student', lora)
         assert torch.allclose(base.predict(again, *at), ours, atol=1e-5)
     assert (facts['lora']['rank'], facts['lora']['alpha']) == (4, alpha)
     kept = json.loads((tmp_path / 'student/scheduler/scheduler_config.json').read_text())

@@ -234,7 +234,7 @@ def state_of(out, it, nets, **args):
     """Writes what a run would have saved at iteration `it` with these networks, without moments."""
     folder = out / f'state-{it:07d}'
     folder.mkdir(parents=True)
-    tensors = {f'{net}.weight/{name}': w.detach().contiguous()
+    tensors = {f'{net}.weight/{name}@0': w.detach().contiguous()
                for net in nets for name, w in m.trained(nets[net]).items()}
     file = folder / 'rank0.safetensors'
     save_file(tensors, file)
