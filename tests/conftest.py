@@ -188,9 +188,16 @@ def toy():
     import model
     return model.load_base(ROOT / 'assets/toy/sdxl')
 
-@pytest.fixture
-def group():
+@contextlib.contextmanager
+def alone():
     """A process group of one, as a training script has it."""
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, '_exit', leave)
+        yield
     dist.destroy_process_group()
+
+@pytest.fixture
+def group():
+    with alone():
+        yield

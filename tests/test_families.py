@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import model as m
 from bench import MMDIT, UNET, VAE_OF
-from conftest import ROOT, equal, far_from_one_step, inside, listing, refused, rows, start, weights
+from conftest import (
+    ROOT, alone, equal, far_from_one_step, inside, listing, refused, rows, start, weights)
 from test_math import bare, family, normal
 
 PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
@@ -113,14 +114,15 @@ def exported(base, folder, lora=None, student=None):
     """The pipeline that load_student makes of what save_student writes, fp32."""
     folder.mkdir(exist_ok=True)
     facts = dict(base_model=base.name, iteration=3, recipe='toy', prompts=['a star'])
-    m.save_student(folder / 'student', base, student or base.teacher, base.schedule.steps(4),
-                   'float32', facts, lora)
+    with alone():
+        m.save_student(folder / 'student', base, student or base.teacher, base.schedule.steps(4),
+                       'float32', facts, lora)
     found, facts = m.find_student(str(folder))
     pipe = m.load_student(found, facts, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe, facts
 
-def test_three_samplers_agree(base, group, tmp_path, monkeypatch):
+def test_three_samplers_agree(base, tmp_path, monkeypatch):
     """backward_simulation, diffusers' pipeline with the exported scheduler, and the closed form
     alpha x0 + sigma noise."""
     steps = base.schedule.steps(4)

@@ -6,6 +6,7 @@ Data, saved states, the exported student and the toy world's files.
 
 import argparse
 import ast
+import contextlib
 import io
 import json
 import os
@@ -179,7 +180,8 @@ def settings(**change):
     return argparse.Namespace(**dict(model='a', iters=100, batch=4, disk_full='stop') | change)
 
 def save(folder, it, weights, opts, **change):
-    m.save_state(folder, it, settings(**change), weights, opts, False, lambda: None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        m.save_state(folder, it, settings(**change), weights, opts, False, lambda: None)
 
 def test_a_state_comes_back_whole_and_the_last_two_stay(group, tmp_path):
     """What a kill left half-written is no state, and gone with the next save."""
