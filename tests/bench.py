@@ -214,6 +214,8 @@ def memory(args):
             ('SDXL, all weights, `--micro 2`', 'sdxl', dict(micro=2), (2, 4, 8)),
             ('SDXL, all weights, `--micro 4`', 'sdxl', dict(micro=4), (8,)),
             ('SDXL, all weights, `--cpu_offload`', 'sdxl', dict(cpu_offload=True), (1,)),
+            ('SDXL, all weights, `--cpu_offload --micro 4`', 'sdxl',
+             dict(cpu_offload=True, micro=4), (1,)),
             ('SDXL, stage 2', 'sdxl', dict(rl_ratio=5, reward='latent'), (8,)),
             ('SDXL, `--lora 64`', 'sdxl', dict(lora=64), (1,)),
             ('SD3-Medium, `--lora 64`', 'sd3', dict(lora=64), (1,)),
@@ -230,7 +232,11 @@ def memory(args):
     for name, used, counted in sizes():
         print(f'{name:46s} {used:8.3f} {counted:8.3f}', flush=True)
 
-def sizes():
+# of a student update: pixels of the crop, samples, checkpointing, GAN
+UPDATES = [(1024, 1, True, 'pixel'), (512, 2, True, 'pixel'), (512, 1, True, 'pixel'),
+           (1024, 1, False, 'pixel'), (1024, 1, True, 'none')]
+
+def sizes(updates=UPDATES):
     """(name, as model.gigabytes has it, counted), in 1e9 parameters or GB; an iterator."""
     for family, lora in ('sdxl', 0), ('sd3', 64):
         size = m.SIZES[family]
@@ -242,9 +248,7 @@ def sizes():
         yield f'{family}: text encoders', size['texts'] / 1e9, count(*texts.values()) / 1e9
         own = sum(w.numel() for w in m.trained(meta_student(base, 64)).values())
         yield f'{family}: adapters of rank 64', size['adapters'] * 64 / 1e9, own / 1e9
-        for crop, n, checkpointing, gan in [
-                (1024, 1, True, 'pixel'), (512, 1, True, 'pixel'), (512, 2, True, 'pixel'),
-                (1024, 1, False, 'pixel'), (1024, 1, True, 'none')]:
+        for crop, n, checkpointing, gan in updates:
             flags = settings(family, lora=lora, gan_crop=crop, micro=n, gan=gan,
                              checkpointing=checkpointing)
             used = m.gigabytes(flags, 1, 1, True)['activations']
@@ -481,7 +485,7 @@ def train(args):
     lora = None
     if cuda and args.family == 'sd3':
         lora = m.lora_config(base.teacher, 64, 128., 'attention')
-    student = base.trainable(lora)
+    student = base.trainable(lora).to(device)
     disc = m.PixelDiscriminator(m.load_sam_encoder(flags['--sam']), base.size, cuda).to(device)
     if cuda:
         student.enable_gradient_checkpointing()

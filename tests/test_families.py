@@ -20,6 +20,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import bench
 import model as m
 from bench import MMDIT, UNET, VAE_OF
 from conftest import (
@@ -315,6 +316,25 @@ def test_half_precision(base):
 
 # --------------------------------------------------------------------------------------------------
 # the published models' own sizes, on the meta device
+
+def test_the_plan_has_the_right_sizes():
+    """The parameters and GB that the scripts' plan computes with, counted anew; and what the README
+    promises of it, whole networks on 8 cards of 40 GB, adapters on one of 24."""
+    for name, used, counted in bench.sizes(bench.UPDATES[:2]):
+        assert used == pytest.approx(counted, rel=.03), name
+
+    def total(world=1, **flags):
+        need = m.gigabytes(bench.settings('sdxl', **flags), world, world, True)
+        return need['frozen'] + need['trained'] + need['activations']
+
+    assert total(8) < 30
+    assert total(8, micro=2) < 45
+    assert total(2) < 64
+    assert total(lora=64, gan_crop=512) < 18
+    assert total(cpu_offload=True, gan_crop=512) < 16
+    # two machines repeat the shares of one
+    two = m.gigabytes(bench.settings('sdxl'), 16, 8, True)
+    assert two == m.gigabytes(bench.settings('sdxl'), 8, 8, True)
 
 SIZES = {                                # parameters, network's configuration, features' channels
     'SDXL': (2_567_463_684, UNET, [320, 640, 1280, 1280]),
