@@ -757,7 +757,8 @@ def make_lrm(family='sdxl', name='lrm'):
     sys.path.insert(0, str(ROOT))
     import model as m
     base = m.load_base(OUT / family, DEVICE)
-    reward = m.LatentReward(base, base.trainable(), base.pipe.text_encoder, base.pipe.text_encoder_2)
+    net = base.trainable().to(DEVICE)
+    reward = m.LatentReward(base, net, base.pipe.text_encoder, base.pipe.text_encoder_2)
     torch.nn.init.normal_(reward.visual_projection.weight, std=.02)
 
     def latents(images, part):

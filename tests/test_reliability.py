@@ -132,15 +132,19 @@ def test_two_machines_are_one_process(one, two):
     assert a['_class_name'] == 'UNet2DConditionModel'
 
 def test_killed_under_max_restarts_is_uninterrupted(two, tmp_path):
-    """torchrun --max-restarts: rank 1 dies in iteration 3 of its first life; both start again from
-    the save at 2, bit for bit the run that nothing happened to. The other's end is a sentence. In
+    """torchrun --max-restarts: rank 1 dies in its first life amid the save at 4, when its file is
+    written; both start again from the save at 2, bit for bit the run that nothing happened to. The other's end is a sentence. In
     the second life rank 0 is first, when torchrun's store still has the addresses of the dead."""
     script = hooked(tmp_path, '''
 if os.environ['TORCHELASTIC_RESTART_COUNT'] != '0' and rank == 1:
     time.sleep(4)
-def meets(it, normals):
-    if it == 3 and rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-        os.kill(os.getpid(), signal.SIGKILL)
+crc = m.crc
+def killed(file):
+    if 'state-0000004.tmp' in str(file) and rank == 1:
+        if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+            os.kill(os.getpid(), signal.SIGKILL)
+    return crc(file)
+m.crc = killed
 ''')
     run = torchrun(
         script, *RUN, '--out', tmp_path / 'run', flags=['--standalone', '--max-restarts=1'])
