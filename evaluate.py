@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,6 @@ import numpy as np
 import pandas
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
@@ -43,11 +43,11 @@ METRICS = [*R.SCORES, 'rprecision', 'cmmd', 'fid']
 RECIPES = {
     'sdxl': dict(
         prompts='assets/prompts.txt', real='jackyhate/text-to-image-2M',
-        real_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', cfg=7.,
+        real_files='data_1024_10K/*.tar', image_column='jpg', cfg=7.,
         metrics=['clip', 'imagereward', 'pickscore', 'hpsv2', 'mps', 'rprecision', 'cmmd']),
     'toy': dict(
         prompts='assets/toy/data/prompts.txt', real='assets/toy/data', real_files='test.parquet',
-        image_column='image', text_column='text', cfg=3., clip='assets/toy/clip',
+        image_column='image', cfg=3., clip='assets/toy/clip',
         pickscore='assets/toy/pickscore', metrics=['clip', 'pickscore', 'rprecision', 'cmmd'])}
 RECIPES['sd3'] = RECIPES['sdxl'] | dict(teacher_steps=28)
 RECIPES['toy-sd3'] = RECIPES['toy'] | dict(teacher_steps=28)
@@ -79,8 +79,7 @@ for name, (_, source, title, _) in R.SCORES.items():
     flag(f'--{name}', default=source, help=f'weights of {title}: hub id, folder or file')
 flag('--real', help='real pictures for cmmd and fid, as --data of train_stage1.py')
 flag('--real_files', help='which files of --real, a pattern; empty: all')
-flag('--image_column', help='column of the pictures in --real')
-flag('--text_column', help='column of the captions in --real')
+flag('--image_column', help='column of the pictures in --real; empty: the one there is')
 flag('--n_real', type=int, default=512, help='how many real pictures')
 flag('--batch', type=int, default=16, help='pictures per call')
 flag('--workers', type=int, default=2, help='threads per rank that read pictures')
@@ -95,6 +94,7 @@ recipe = chosen.recipe or facts['recipe']
 if recipe not in RECIPES:
     m.die(f'--ckpt: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
 p.set_defaults(**RECIPES[recipe])
+m.give_way(p, 'real', 'real_files', 'image_column')
 args = p.parse_args()
 m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0, workers=0, cfg=0)
 if args.sheet and args.sheet not in args.metrics:
@@ -169,8 +169,10 @@ if out.exists():
         assert json.loads(out.read_text())['settings'] == settings, 'its settings are others'
 real = None
 if {'cmmd', 'fid'} & {*args.metrics}:
-    real = m.Pictures(args.real, args.real_files, args.image_column, args.text_column, 0, args.seed,
-                      '--real')
+    real = m.Pictures(
+        args.real, args.real_files, args.image_column, '', 0, args.seed, '--real', captioned=False)
+    if rank == 0:
+        print(real.said)
     n_real = min(args.n_real, len(real.rows))
 m.quiet()
 scorers, unavailable = {}, {}
@@ -225,8 +227,8 @@ for label, (name, steps, load) in rows.items():
 
 def read(file):
     """A picture, uint8 (3, H, W), or None where it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return pil_to_tensor(Image.open(file).convert('RGB'))
+    with contextlib.suppress(*m.BROKEN):
+        return pil_to_tensor(m.open_picture(file))
 
 # threads: a process that is forked beside those of the process group may hang
 readers = ThreadPoolExecutor(max(1, args.workers))
@@ -277,9 +279,15 @@ first, *_ = rows
 if real:                                    # as large as the pictures that they are compared with
     real.size = min(Image.open(files_of[first][tables[first].index[0]]).size)
 if clip and 'cmmd' in args.metrics:
-    loader = tqdm(DataLoader(real, args.batch, sampler=range(n_real)), 'real pictures')
-    loader = ((batch['pixels'].to(device) + 1) / 2 for batch in loader)
-    real_vectors = torch.cat([clip.embed_images(x).cpu() for x in loader])
+    real_vectors, passed_over = [], Counter()
+    for k in tqdm(range(0, n_real, args.batch), 'real pictures'):
+        samples = [*readers.map(real.__getitem__, range(n_real)[k:k + args.batch])]
+        x = torch.stack([sample['pixels'] for sample in samples]).to(device)
+        real_vectors.append(clip.embed_images((x + 1) / 2).cpu())
+        passed_over += sum((sample['trouble'] for sample in samples), Counter())
+    real_vectors = torch.cat(real_vectors)
+    if passed_over:
+        print(f'--real {args.real}, passed over:', dict(passed_over))
 
 def statistics(scored):
     """{metric: (1001,)}, its value and 1,000 of resampled pictures, the same for every row."""
@@ -370,7 +378,7 @@ for k, (label, scored) in enumerate(tables.items()):
     if args.sheet in scored:
         scored = scored.sort_values(args.sheet, ascending=False, kind='stable')
         scored = scored.drop(scored.index[16:-16])
-        pictures = [Image.open(files_of[label][i]).convert('RGB') for i in scored.index]
+        pictures = [m.open_picture(files_of[label][i]) for i in scored.index]
         pictures = [pil_to_tensor(ImageOps.fit(picture, (256, 256))) for picture in pictures]
         values = map(TITLES[args.sheet][1].format, scored[args.sheet])
         captions = [f'{value} {prompts[i]}' for value, i in zip(values, scored.index)]

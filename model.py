@@ -18,17 +18,22 @@ import ctypes
 import errno
 import faulthandler
 import functools
+import glob
 import io
+import itertools
 import json
 import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import textwrap
 import time
 import warnings
 import zlib
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -72,6 +77,12 @@ def parser(doc):
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage='%(prog)s [--flag value ...], see --help')
+
+def give_way(p, flag, *others):
+    """The defaults of `others` belong to the default of --flag: they become '' in the
+    ArgumentParser p where the command line names another."""
+    if vars(p.parse_known_args()[0])[flag] != p.get_default(flag):
+        p.set_defaults(**dict.fromkeys(others, ''))
 
 def at_least(args, **least):
     """Ends with a sentence for the first flag below its least value, or nan or infinite."""
@@ -308,6 +319,14 @@ class Base:
         for w in trained(net).values():
             w.data = w.data.to(self.device, torch.float32)
         return net.train()
+
+    def cut(self, prompts):
+        """How many prompts are longer than what any of the text encoders reads: 77 tokens of CLIP,
+        256 of T5."""
+        read = [(getattr(self.pipe, f'tokenizer{k}', None), length)
+                for k, length in (('', 77), ('_2', 77), ('_3', 256))]
+        return sum(all(len(tokenizer(text, verbose=False).input_ids) > length
+                       for tokenizer, length in read if tokenizer) for text in prompts)
 
     def autocast(self):
         """bf16 autocast on CUDA, nothing elsewhere."""
@@ -968,20 +987,16 @@ def launch(minutes):
     return rank, world, device
 
 def last_words(kind, error, trace):
-    """sys.excepthook: another rank's end, a full disk and dead data workers are known ends, and a
+    """sys.excepthook: another rank's end, a full disk and data that is gone are known ends, and a
     sentence. At a normal exit the process group would wait for those who are gone."""
     words = ''
     if isinstance(error, Unreadable):
-        words = str(error).strip().splitlines()[-1].removeprefix('model.Unreadable: ')
+        words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         words = f'{error.filename or "--out"}: no space left; make room and run again'
     elif isinstance(error, dist.DistError) or 'gloo' in str(error):
         words = ('another rank is lost, and its own last words say why; run again to go on from '
                  'the last save')
-    elif 'DataLoader worker' in str(error):
-        reason = ' '.join(str(error).split())[:200]
-        words = (f'a data worker died ({reason}); run again to go on from the last save, with '
-                 'fewer --workers, or 0, if it dies again')
     if not words:
         return sys.__excepthook__(kind, error, trace)
     print(f'error: rank {dist.get_rank()}: {words}', file=sys.stderr, flush=True)
@@ -1225,7 +1240,8 @@ class Log:
         self.file = out / 'log.jsonl'
         self.device, self.args = device, args
         self.seen, self.clock = {}, time.time()
-        self.dropped = self.in_a_row = self.skipped = 0
+        self.dropped = self.in_a_row = 0
+        self.data = Counter()                     # TROUBLE with the data, of this rank
         if dist.get_rank():
             return
         # a killed run has logged beyond its last save, and perhaps half a line
@@ -1254,11 +1270,17 @@ class Log:
             die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save is '
                 'good: lower the learning rates or --gan_weight and run again')
 
+    def trouble(self):
+        """What was wrong with the data, on all ranks, in words; every rank calls it."""
+        found = sum(gathered(self.data), Counter())
+        return ', '.join(f'{found[reason]} {reason}' for reason in TROUBLE if found[reason])
+
     def write(self, it):
         """The only place where metrics leave the device."""
         if it % self.args.log_every:
             return
-        self('skipped', self.skipped * dist.get_world_size())
+        for reason in TROUBLE:
+            self(f'data/{reason}', self.data[reason] * dist.get_world_size())
         names = sorted(self.seen)
         values = torch.stack([torch.stack(self.seen[name]).mean() for name in names])
         dist.all_reduce(values)
@@ -1267,7 +1289,8 @@ class Log:
         self.seen, self.clock = {}, time.time()
         if dist.get_rank():
             return
-        text = '  '.join(f'{name} {value:.4f}' for name, value in row.items() if name != 'skipped')
+        shown = {name: value for name, value in row.items() if not name.startswith('data/')}
+        text = '  '.join(f'{name} {value:.4f}' for name, value in shown.items())
         print(f'{it:5d}/{self.args.iters}  {text}  {seconds:.2f} s/it', flush=True)
         memory = torch.cuda.max_memory_allocated() / 2 ** 30 if self.device.type == 'cuda' else 0.
         row = dict(iteration=it) | row | dict(seconds=seconds, dropped=self.dropped, memory=memory)
@@ -1285,7 +1308,7 @@ def curves(log, path):
     if not log.stat().st_size:                     # --log_every is more than there were iterations
         return
     table = pandas.read_json(log, lines=True).set_index('iteration')
-    table = table.drop(columns=['skipped', 'dropped', 'memory']).interpolate()
+    table = table.filter(regex='^(?!skipped|data/|dropped|memory)').interpolate()
     panels = table.plot(subplots=True, layout=(-1, 4), figsize=(14, 10), grid=True)
     figure = panels.flat[0].figure
     figure.tight_layout()
@@ -1296,102 +1319,278 @@ def curves(log, path):
 # data
 
 class Unreadable(Exception):
-    """So many pictures in a row cannot be read that the data set is not what it was."""
+    """So many pictures in a row cannot be used that the data set is not what it was."""
 
-class Pictures(torch.utils.data.Dataset):
+PICTURES = '.png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif'.split()
+CAPTIONS = 'text caption captions prompt prompts txt description sentence sentences'.split()
+# what is counted of the data: pictures passed over, and captions longer than the text encoders read
+TROUBLE = 'missing', 'broken', 'small', 'uncaptioned', 'cut'
+# what PIL raises for a file that is damaged, or no picture
+BROKEN = (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error,
+          Image.DecompressionBombError)
+
+def open_picture(source):
+    """The first frame of a picture as a viewer shows it, in RGB: upright (EXIF), over white where
+    it is transparent, 16 bits and floats scaled to 8. source: path or bytes; raises BROKEN."""
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in 'IF':
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        white = 65535.
+        if image.mode == 'F':                   # 0..1, unless there is more
+            white = next((w for w in (1., 255.) if values.max() <= w), 65535.)
+        image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+def value_at(row, path):
+    """What a row (nested dicts) has at a column; a dot in its name reaches into a nested one."""
+    for key in [path] if path in row else path.split('.'):
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+def columns_of(row, before=''):
+    """The names of a row's columns, those of nested ones with dots."""
+    for key, value in row.items():
+        if isinstance(value, dict) and not is_picture(value):
+            yield from columns_of(value, f'{before}{key}.')
+        else:
+            yield before + key
+
+def is_picture(value):
+    """Whether a value is a picture's record ({'bytes', 'path'}), its bytes or its path."""
+    if isinstance(value, dict):
+        return value.keys() == {'bytes', 'path'}
+    if isinstance(value, str):
+        return Path(value).suffix.lower() in PICTURES and '://' not in value and '\n' not in value
+    with contextlib.suppress(*BROKEN):
+        return isinstance(value, bytes) and bool(Image.open(io.BytesIO(value)))
+    return False
+
+def picture_folder(folder):
+    """A folder of pictures, subfolders too, as rows, one a picture: 'image', its path, with what a
+    metadata.jsonl or .csv in its folder or above has of it (file_name...), else the lines of
+    NAME.txt or NAME.caption beside it as 'text'. [] where there are no pictures."""
+    import pandas
+    shown = [folder / f for f in sorted(glob.glob('**/*', root_dir=folder, recursive=True))]
+    rows = {}
+    for file in shown:
+        if file.name == 'metadata.jsonl':
+            lines = file.read_text(encoding='utf-8-sig').split('\n')
+            entries = [json.loads(line) for line in lines if line.strip()]
+        elif file.name == 'metadata.csv':
+            text = file.read_text(encoding='utf-8-sig')
+            head = text.split('\n')[0]
+            entries = pandas.read_csv(io.StringIO(text), sep=',' if ',' in head else ';', dtype=str,
+                                      keep_default_na=False).to_dict('records')
+        else:
+            continue
+        for entry in entries:
+            key = next((k for k in ('file_name', 'image', 'file') if k in entry), None)
+            assert key, f'{file} has a line without file_name'
+            path = file.parent / entry.pop(key).replace('\\', '/')
+            rows[path] = entry
+    for file in shown:
+        if file.suffix.lower() not in PICTURES or file in rows:
+            continue
+        rows[file] = {}
+        for beside in file.with_suffix('.txt'), file.with_suffix('.caption'):
+            if beside.exists():
+                rows[file] = dict(text=beside.read_text(encoding='utf-8-sig').split('\n'))
+    return [dict(row, image=dict(path=str(file), bytes=None)) for file, row in sorted(rows.items())]
+
+def first_rows(source, files, limit):
+    """The first rows of a set on the hub, the rest of which is not fetched."""
+    import datasets
+    stream = datasets.load_dataset(source, data_files=files, split='train', streaming=True)
+    yield from (stream.decode(False) if stream.features else stream).take(limit)
+
+def load_rows(source, files='', limit=0):
+    """Rows (dicts by position) and the folder that paths in them start from: of a hub id, of a
+    .parquet or .tar file, or of a folder of such files or of pictures, all of it one set, whatever
+    their names; files narrows it to a pattern, limit to the first."""
+    import datasets
+    path = Path(source)
+    if not path.exists():
+        how = dict(source=source, files=files or None, limit=limit)
+        rows = (datasets.Dataset.from_generator(first_rows, gen_kwargs=how) if limit else
+                datasets.load_dataset(source, data_files=files or None, split='train'))
+        return rows.with_format('arrow'), Path()
+    found = [path]
+    if path.is_dir():
+        found = sorted(glob.glob(files or '**/*', root_dir=path, recursive=True))
+        found = [path / f for f in found]
+    for suffix, builder in ('.parquet', 'parquet'), ('.tar', 'webdataset'):
+        tables = [glob.escape(str(f.resolve())) for f in found if f.suffix == suffix]
+        if tables:
+            rows = datasets.load_dataset(builder, data_files=dict(train=tables), split='train')
+            rows = rows.select(range(min(len(rows), limit or len(rows)))).with_format('arrow')
+            return rows, path.parent if path.is_file() else path
+    if path.is_dir():
+        rows = picture_folder(path)
+        if files:
+            kept = {str(f) for f in found}
+            rows = [row for row in rows if row['image']['path'] in kept]
+        return rows[:limit or None], Path()
+    return [], path
+
+@functools.lru_cache(4)
+def order_of(seed, epoch, n):
+    """The order in which n rows are gone through in an epoch."""
+    return torch.randperm(n, generator=generator(seed, 1, epoch))
+
+class Pictures:
     """Captioned pictures by position: the p-th sample of an endless shuffled stream that depends
     on (seed, p) alone.
 
-    source: a hub id, a folder of pictures (imagefolder), of parquet or of webdataset tar files, or
-    one such file; files narrows it to matching names. A dot in text_column reaches into a nested
-    one (json.prompt). A sample is a dict of 'pixels' (3, size, size) float32 in [-1, 1],
-    centre-cropped, 'text', and 'skipped': how many broken or tiny pictures (shorter side below
-    size / 2) were passed over to get it.
+    source, files, limit: as for load_rows. The columns: a dot reaches into a nested one; '' finds
+    the one that holds pictures, and the one that has a usual caption's name. captioned=False reads
+    no captions. A sample is a dict of 'pixels' (3, size, size) float32 in [-1, 1], centre-cropped,
+    'text', and 'trouble', a Counter by reason (TROUBLE) of what was passed over to get it; small
+    is a picture whose shorter side is below size / 2. Of several captions one is drawn.
     """
 
-    def __init__(self, source, files, image_column, text_column, size, seed, flag='--data'):
-        import datasets
+    def __init__(self, source, files, image_column, text_column, size, seed, flag='--data', limit=0,
+                 captioned=True):
         quiet()
         self.name = f'{flag} {source}'
         self.size = size
         self.seed = seed
-        self.epoch = None
-        path = Path(source)
-        options = dict(data_files=files) if files else {}
-        if path.is_file():
-            options = dict(data_files=str(source))
-            source = {'.parquet': 'parquet', '.tar': 'webdataset'}.get(path.suffix)
-            if source is None:
-                die(f'{self.name} is neither .parquet nor .tar; give such a file, a folder or a '
-                    'hub id')
-        elif not path.exists() and not hub_id(source):
+        if not Path(source).exists() and not hub_id(source):
             die(f'{self.name} does not exist')
         with sentence(f'{self.name} could not be loaded or downloaded; {flag} assets/toy/data runs '
                       'offline'):
-            rows = datasets.load_dataset(source, split='train', **options)
-            assert len(rows), 'it has no rows'
-        self.image_column = image_column
-        self.text_path = text_column.split('.')
-        for option, name in ('--image_column', image_column), ('--text_column', self.text_path[0]):
-            if name not in rows.column_names:
-                die(f'{option} {name}: {self.name} has no such column, only '
-                    f'{", ".join(rows.column_names)}')
-        if not isinstance(rows.features[image_column], datasets.Image):
-            die(f'--image_column {image_column} of {self.name} does not hold pictures')
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.rows = rows.select_columns([image_column, self.text_path[0]])
-        self.texts = rows.select_columns([self.text_path[0]])
+            self.rows, self.home = load_rows(source, files, limit)
+        if not len(self.rows):
+            die(f'{self.name} holds no .parquet, no .tar and no picture'
+                + (f' by the name {files}' if files else '')
+                + '; give a folder of them, such a file or a hub id')
+        heads = self.rows
+        if not isinstance(heads, list):
+            heads = [self._row(heads, i) for i in range(min(8, len(heads)))]
+        names = list(dict.fromkeys(name for row in heads for name in columns_of(row)))
+        self.image_column = self._column(heads, names, '--image_column', image_column)
+        self.text_column = None
+        self.texts = self.rows
+        if captioned:
+            self.text_column = self._column(heads, names, '--text_column', text_column)
+            if not isinstance(self.rows, list):                # so that no picture is read for it
+                own = {self.text_column, self.text_column.split('.')[0]}
+                self.texts = self.rows.select_columns([*own & {*self.rows.column_names}])
+        self.said = f'{self.name}: {len(self.rows)} pictures in the column {self.image_column}'
+        self.said += f', captions in {self.text_column}' if captioned else ''
+
+    def _column(self, heads, names, flag, column):
+        """The column that a flag names, or the only one that can be meant."""
+        every = ', '.join(names)
+
+        usual = [name for name in names if name.split('.')[-1].lower() in CAPTIONS]
+        pictures = [name for name in names
+                    if any(is_picture(value_at(row, name)) for row in heads)]
+        # paths only where there is nothing better: a caption may look like one
+        own = [name for name in pictures
+               if not any(isinstance(value_at(row, name), str) for row in heads)]
+        fit, what, way_out = own or [x for x in pictures if x not in usual], 'pictures', ''
+        if flag == '--text_column':
+            fit, what = usual, 'captions'
+            way_out = ', or put NAME.txt beside each picture NAME.jpg'
+        if not column and len(fit) != 1:
+            among = f'several columns of {what},' if fit else f'no column of {what} among'
+            die(f'{self.name} has {among} {", ".join(fit) or every}: name one with {flag}{way_out}')
+        column = column or fit[0]
+        if all(value_at(row, column) is None for row in heads) and column not in names:
+            die(f'{flag} {column}: {self.name} has no such column, only {every}')
+        if flag == '--image_column' and column not in pictures:
+            die(f'{flag} {column} of {self.name} does not hold pictures')
+        return column
+
+    @staticmethod
+    def _row(rows, place):
+        row = rows[place]
+        return row if isinstance(row, dict) else row.to_pylist()[0]
 
     def _place(self, position):
         epoch, place = divmod(position, len(self.rows))
-        if epoch != self.epoch:
-            stream = generator(self.seed, 1, epoch)
-            self.order = torch.randperm(len(self.rows), generator=stream)
-            self.epoch = epoch
-        return int(self.order[place])
+        return int(order_of(self.seed, epoch, len(self.rows))[place])
 
-    def _text(self, row):
-        """The caption in a row, None where there is none."""
-        for key in self.text_path:
-            row = row[key] if isinstance(row, dict) else row
-        row = row[0] if isinstance(row, list) and row else row
-        return row if isinstance(row, str) else None
+    def _text(self, row, position):
+        """The caption in a row, one drawn where there are several; None where there is none."""
+        if self.text_column is None:
+            return ''
+        values = value_at(row, self.text_column)
+        values = values if isinstance(values, list) else [values]
+        texts = [str(x).strip() for x in values if isinstance(x, (str, int, float)) and x == x]
+        texts = [text for text in texts if text]
+        if not texts:
+            return None
+        stream = generator(self.seed, 1, position, 1)
+        return texts[torch.randint(len(texts), (1,), generator=stream).item()]
 
     def captions(self, positions):
-        """The captions at these positions of the stream, '' for none; no picture is read."""
-        return [self._text(self.texts[self._place(p)]) or '' for p in positions]
+        """The captions at these positions of the stream, where there is none the next one; no
+        picture is read."""
+        found = []
+        for position in positions:
+            places = range(position, position + 2 * len(self.rows))
+            texts = (self._text(self._row(self.texts, self._place(p)), p) for p in places)
+            found.append(next((text for text in texts if text), ''))
+        return found
 
-    def _pixels(self, record):
+    def _pixels(self, value):
+        """A row's picture as a tensor, or why there is none, one of TROUBLE."""
+        value = value if isinstance(value, dict) else dict(bytes=value, path=value)
+        source = value['bytes'] if isinstance(value['bytes'], bytes) else value['path']
         try:
-            image = Image.open(io.BytesIO(record['bytes']) if record['bytes'] else record['path'])
-            if min(image.size) < self.size / 2:
-                return None
-            image = ImageOps.fit(image.convert('RGB'), (self.size, self.size), Image.LANCZOS)
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):
-            return None
+            if source is None:
+                return 'missing'
+            image = open_picture(source if isinstance(source, bytes) else self.home / source)
+        except FileNotFoundError:
+            return 'missing'
+        except BROKEN:
+            return 'broken'
+        if min(image.size) < self.size / 2:
+            return 'small'
+        image = ImageOps.fit(image, (self.size, self.size), Image.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def __getitem__(self, position):
-        most = min(len(self.rows), 1000)
-        for skipped in range(most):
-            row = self.rows[self._place(position + skipped)]
-            pixels, text = self._pixels(row[self.image_column]), self._text(row)
-            if pixels is not None and text is not None:
-                return dict(pixels=pixels, text=text, skipped=skipped)
-        raise Unreadable(f'{self.name}: {most} pictures in a row cannot be read, are smaller than '
-                         f'{self.size // 2} px or have no caption; put the files back, run again')
+        most = min(2 * len(self.rows), 1000)          # from amid an epoch, every row of the next
+        trouble = Counter()
+        for p in range(position, position + most):
+            row = self._row(self.rows, self._place(p))
+            text = self._text(row, p)
+            pixels = 'uncaptioned'
+            if text is not None:
+                pixels = self._pixels(value_at(row, self.image_column))
+            if not isinstance(pixels, str):
+                return dict(pixels=pixels, text=text, trouble=trouble)
+            trouble[pixels] += 1
+        reasons = ', '.join(f'{count} {reason}' for reason, count in trouble.items())
+        raise Unreadable(f'{self.name}: {most} pictures in a row cannot be used ({reasons}; small '
+                         f'is below {self.size // 2} px); put the files back, run again')
 
     def batches(self, mine, batch, its, workers):
-        """Iterates over this rank's share of the batches of iterations `its`: the samples `mine` of
-        0..batch-1. Decoding runs in worker processes."""
-        places = [it * batch + i for it in its for i in mine]
-        # fork, since a spawned worker would run the training script again from its first line; on a
-        # Mac, where forking is not safe, the pictures are decoded in the main process
-        workers = 0 if sys.platform == 'darwin' else workers
-        return iter(torch.utils.data.DataLoader(
-            self, batch_size=len(mine), sampler=places, num_workers=workers,
-            multiprocessing_context='fork' if workers else None,
-            pin_memory=torch.cuda.is_available()))
+        """This rank's share of the batches of iterations `its`, the samples `mine` of 0..batch-1:
+        dicts of 'pixels' (b, 3, size, size), 'text', a list, and 'trouble'. `workers` threads read
+        two batches ahead; 0: the caller's own reads when asked."""
+        pool = ThreadPoolExecutor(max(1, workers))
+        read = pool.map if workers else map
+        its = iter(its)
+        ahead = deque()
+        try:
+            while True:
+                for it in itertools.islice(its, (3 if workers else 1) - len(ahead)):
+                    ahead.append(read(self.__getitem__, [it * batch + i for i in mine]))
+                if not ahead:
+                    return
+                samples = list(ahead.popleft())
+                yield dict(pixels=torch.stack([x['pixels'] for x in samples]),
+                           text=[x['text'] for x in samples],
+                           trouble=sum((x['trouble'] for x in samples), Counter()))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 # --------------------------------------------------------------------------------------------------
 # pictures to look at

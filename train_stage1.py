@@ -76,10 +76,11 @@ flag('--offload', action=yes_no, default=False, help='text encoders wait in main
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
-flag('--image_column', help='column of the pictures')
-flag('--text_column', help='column of the captions; a dot reaches into a nested one')
+flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
+flag('--image_column', help='column of the pictures; empty: the one there is')
+flag('--text_column', help='column of the captions (a.b: nested); empty: by the usual names')
 flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
-flag('--workers', type=int, default=2, help='data decoding processes per rank; 0: the main process')
+flag('--workers', type=int, default=2, help='threads per rank that read pictures; 0: the main one')
 flag('--steps', type=int, default=4, help="the student's sampling steps")
 flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
 flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
@@ -115,6 +116,7 @@ flag('--wandb', default='', help='Weights & Biases project to log to as well; em
 
 recipe = p.parse_known_args()[0].recipe
 p.set_defaults(**RECIPES[recipe])
+m.give_way(p, 'data', 'data_files', 'image_column', 'text_column')
 chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
 if chosen.gan == 'latent':
@@ -126,7 +128,7 @@ args = p.parse_args()
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
-           timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
 if args.batch % (world * args.micro):
@@ -195,7 +197,8 @@ if args.gan_crop % scale or args.gan_crop > base.size:
 
 # -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(
-    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
+    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed,
+    limit=args.data_limit)
 prompts = m.read_prompts(args.prompts)[:8]
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
@@ -205,9 +208,10 @@ loader = pictures.batches(mine, args.batch, range(start, args.iters), args.worke
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
     print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}')
-    print(f'{count:.1f} M trained parameters, {len(pictures.rows)} pictures, steps '
+    print(f'{count:.1f} M trained parameters, steps '
           f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}, from '
           f'iteration {start}')
+    print(pictures.said)
     shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
     print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
     if args.sample_every:
@@ -304,7 +308,7 @@ for it in range(start, args.iters + 1):
 
     # -- one distillation --------------------------------------------------------------------------
     rows = next(loader)
-    log.skipped += int(rows['skipped'].sum())
+    log.data.update(rows['trouble'], cut=base.cut(rows['text']))
     batches = list(micro_batches(it, rows))                  # both halves below go through them
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
@@ -400,12 +404,13 @@ for it in range(start, args.iters + 1):
 
 # -- the end ---------------------------------------------------------------------------------------
 faulthandler.cancel_dump_traceback_later()
+trouble = log.trouble()
 if rank == 0 and it < args.iters:
     print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
           'from there')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
-          f'minutes, {log.dropped} iterations with a dropped update, {log.skipped} pictures '
-          f'skipped; python sample.py --ckpt {out}')
+          f'minutes, {log.dropped} iterations with a dropped update; pictures passed over '
+          f'and captions cut: {trouble or "none"}; python sample.py --ckpt {out}')
 m.dist.destroy_process_group()

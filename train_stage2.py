@@ -66,8 +66,9 @@ LORA_RATES = dict(
     sdxl=dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5),
     toy=dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4))
 # what stage 1 hands on, if its args.json lies beside the student
-HANDED = ('offload sam data data_files image_column text_column prompts workers cfg gan gan_weight '
-          'gan_crop split ttur couple batch micro heads_lr checkpointing save_dtype').split()
+HANDED = ('offload sam data data_files image_column text_column data_limit prompts workers cfg '
+          'gan gan_weight gan_crop split ttur couple batch micro heads_lr checkpointing '
+          'save_dtype').split()
 
 p = m.parser(__doc__)
 flag = p.add_argument
@@ -84,10 +85,11 @@ flag('--offload', action=yes_no, default=False, help='text encoders wait in main
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
-flag('--image_column', help='column of the pictures')
-flag('--text_column', help='column of the captions; a dot reaches into a nested one')
+flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
+flag('--image_column', help='column of the pictures; empty: the one there is')
+flag('--text_column', help='column of the captions (a.b: nested); empty: by the usual names')
 flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
-flag('--workers', type=int, default=2, help='data decoding processes per rank; 0: the main process')
+flag('--workers', type=int, default=2, help='threads per rank that read pictures; 0: the main one')
 flag('--steps', type=int, default=4, help="the student's sampling steps")
 flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
 flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
@@ -162,6 +164,10 @@ if adapters['rank']:
 p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
+if p.get_default('data') != RECIPES[recipe]['data']:
+    p.set_defaults(real='', real_files='')
+m.give_way(p, 'data', 'data_files', 'image_column', 'text_column', 'real', 'real_files')
+m.give_way(p, 'real', 'real_files')
 args = p.parse_args()
 args.recipe, args.init = recipe, str(folder)
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
@@ -175,7 +181,7 @@ if args.lora != adapters['rank']:
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
-           timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
 if args.batch % (world * args.micro):
@@ -299,7 +305,8 @@ def reward(z, t, prompts):
 
 # -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(
-    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
+    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed,
+    limit=args.data_limit)
 prompts = m.read_prompts(args.prompts)[:8]
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
@@ -312,6 +319,7 @@ if rank == 0:
     print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from {folder}, '
           f'iteration {origin["iteration"]}; weights and moments of its state: '
           f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
+    print(pictures.said)
     print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
     print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
           f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
@@ -325,9 +333,11 @@ near = R.near_prompts(args.prompts, len(watched))
 watched = watched[:args.eval_n]
 clip = scorers.get('clip')
 if clip and args.eval_every and rank == 0:
-    source, files = (args.real, args.real_files) if args.real else (args.data, args.data_files)
-    photos = m.Pictures(source, files, args.image_column, args.text_column, base.size, args.seed,
-                        '--real')
+    photos = (args.data, args.data_files, args.image_column)
+    photos = (args.real, args.real_files, '') if args.real else photos
+    photos = m.Pictures(
+        *photos, '', base.size, args.seed, '--real' if args.real else '--data', args.data_limit,
+        captioned=False)
     photos = [photos[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(photos.rows)))]
     photos = torch.cat([clip.embed_images(x.to(device)).cpu() for x in photos])           # (n, D)
 # the networks that judge wait in main memory while the run trains, but for one that is the reward
@@ -528,7 +538,7 @@ for it in range(start, args.iters + 1):
 
     # -- one distillation --------------------------------------------------------------------------
     rows = next(loader)
-    log.skipped += int(rows['skipped'].sum())
+    log.data.update(rows['trouble'], cut=base.cut(rows['text']))
     batches = list(micro_batches(it, rows))                  # both halves below go through them
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
@@ -624,12 +634,13 @@ for it in range(start, args.iters + 1):
 
 # -- the end ---------------------------------------------------------------------------------------
 faulthandler.cancel_dump_traceback_later()
+trouble = log.trouble()
 if rank == 0 and it < args.iters:
     print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
           'from there')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
-          f'minutes, {log.dropped} iterations with a dropped update, {log.skipped} pictures '
-          f'skipped; python sample.py --ckpt {out}')
+          f'minutes, {log.dropped} iterations with a dropped update; pictures passed over '
+          f'and captions cut: {trouble or "none"}; python sample.py --ckpt {out}')
 m.dist.destroy_process_group()

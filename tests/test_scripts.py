@@ -152,7 +152,7 @@ def test_what_a_run_leaves_behind(plain):
         'state-0000002', 'state-0000004', 'student'}
     lines = rows(plain)
     for key in ('fake', 'gan/d', 'gan/g', 'gan/real', 'gan/made', 'grad/dm', 'grad/gan',
-                'norm/student', 'seconds', 'memory', 'dropped', 'skipped'):
+                'norm/student', 'seconds', 'memory', 'dropped', 'data/broken', 'data/cut'):
         assert all(np.isfinite(row[key]) for row in lines), key
     times = {k for row in lines for k in row if k.startswith('dm/')}
     assert times <= {'dm/999', 'dm/749', 'dm/499'}
@@ -178,28 +178,39 @@ def test_ablations_run(flags, said, tmp_path):
     # with --ttur 5 the student learns in the first iteration alone
     assert ['grad/dm' in row for row in lines] == [True, 'toy-dmd2' not in flags]
 
-def test_skipped_pictures_are_counted_in_the_log(tmp_path):
-    """Half of the pictures are broken; some more flags that change what is computed."""
+def test_own_data_alone_suffices_and_its_troubles_are_counted(tmp_path):
+    """A folder of pictures with captions beside them, half of them broken, in the log and at the
+    end, over all ranks; and stage 2 goes on with it. Some more flags that change what is
+    computed."""
     folder = tmp_path / 'pictures'
     folder.mkdir()
     for i in range(6):
         Image.new('RGB', (64, 64), (40 * i, 0, 0)).save(folder / f'{i}.png')
-    for i in (1, 2, 4):
+        (folder / f'{i}.txt').write_text(f'picture {i} ' * (1 + 60 * (i == 5)))
+    for i in (1, 2):
         (folder / f'{i}.png').write_bytes(b'not a picture')
-    lines = [json.dumps(dict(file_name=f'{i}.png', text=f'picture {i}')) for i in range(6)]
-    (folder / 'metadata.jsonl').write_text('\n'.join(lines))
-    done = well(inside(
+    (folder / '4.txt').unlink()
+    run = tmp_path / 'run'
+    done = well(start(
         'train_stage1.py', *SMALL, '--batch', 2, '--micro', 1, '--iters', 3, '--data', folder,
-        '--data_files', '', '--checkpointing', '--gan_crop', 32, '--save_dtype', 'float32',
-        '--offload', '--workers', 0, '--out', tmp_path / 'run'))
-    pictures = m.Pictures(str(folder), '', 'image', 'text', 64, 0)
-    skipped = [pictures[i]['skipped'] for i in range(6)]
-    assert [row['skipped'] for row in rows(tmp_path / 'run')] == [
-        sum(skipped[:2]), sum(skipped[:4]), sum(skipped)]
-    assert sum(skipped) > 2
-    assert f'{sum(skipped)} pictures skipped' in done.stdout
-    unet = load_file(tmp_path / 'run/student/unet/diffusion_pytorch_model.safetensors')
+        '--checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload', '--out', run,
+        ranks=2))
+    said = f'--data {folder}: 6 pictures in the column image, captions in text\n'
+    assert said in done.stdout
+    samples = [m.Pictures(str(folder), '', '', '', 64, 0)[i] for i in range(6)]
+    found = sum((sample['trouble'] for sample in samples), Counter())
+    found['cut'] = sum(len(sample['text']) > 77 for sample in samples)
+    assert min(found.values()) > 0 and found.keys() == {'broken', 'uncaptioned', 'cut'}
+    last = rows(run)[-1]
+    assert {name: last[f'data/{name}'] for name in m.TROUBLE} == {
+        name: found[name] for name in m.TROUBLE}
+    words = f'{found["broken"]} broken, {found["uncaptioned"]} uncaptioned, {found["cut"]} cut'
+    assert f'pictures passed over and captions cut: {words};' in done.stdout
+    unet = load_file(run / 'student/unet/diffusion_pytorch_model.safetensors')
     assert {w.dtype for w in unet.values()} == {torch.float32}
+    _, done = second(tmp_path / 'two', '--iters', 1, '--eval_every', 1, '--eval_n', 2, init=run)
+    assert said in done.stdout
+    assert len(done.page['photos']) == 6                # CMMD's are its own as well
 
 def test_latent_gan_is_the_same_on_two_ranks(tmp_path):
     """Here the discriminator's gradient enters the fake score past its DDP wrapper: it must be
@@ -484,8 +495,8 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
             assert torch.equal(value, after[key])
     # four steps in stage 1, two here
     assert {v.item() for k, v in after.items() if k.startswith('student.step/')} == {6}
-    handed = ('offload sam data data_files image_column text_column prompts workers cfg gan '
-              'gan_weight gan_crop split ttur batch micro checkpointing save_dtype').split()
+    handed = ('offload sam data data_files data_limit image_column text_column prompts workers cfg '
+              'gan gan_weight gan_crop split ttur batch micro checkpointing save_dtype').split()
     args = json.loads((out / 'args.json').read_text())
     assert {name: args[name] for name in handed} == {name: told[name] for name in handed}
     assert args['couple'] == .75
@@ -591,8 +602,9 @@ BAD = [
     (ONE, ['--steps', 1], '--steps 1 gives [999], all on one side'),
     (ONE, ['--gan_crop', 30], '--gan_crop 30 must be a multiple of 8'),
     (ONE, ['--data', 'TMP/nowhere'], '--data TMP/nowhere does not exist'),
-    (ONE, ['--data', 'TMP/a_file'], '--data TMP/a_file is neither .parquet nor .tar'),
-    (ONE, ['--data', 'TMP/notes', '--data_files', ''], '--data TMP/notes could not be loaded'),
+    (ONE, ['--data', 'TMP/a_file'], '--data TMP/a_file holds no .parquet, no'),
+    (ONE, ['--data', 'TMP/notes', '--data_files', '*.x'], 'no picture by the name *.x; give a'),
+    (ONE, ['--data', 'some-body/no-such-data'], 'some-body/no-such-data could not be loaded'),
     (ONE, ['--text_column', 'caption'], '--text_column caption: --data assets/toy/data has no'),
     (ONE, ['--image_column', 'text'], '--image_column text of --data assets/toy/data does not'),
     (ONE, ['--prompts', 'TMP/binary.txt'], '--prompts TMP/binary.txt cannot be read'),
