@@ -13,9 +13,10 @@ rprecision    share of pictures whose own prompt ranks first among 32 by CLIP: i
 cmmd, fid     distance to the pictures of --real by CLIP (2401.09603) or Inception (clean-fid)
 
 Pictures are kept in pictures/ beside --out and not made again, so a killed run goes on. Brackets
-are 95 % bootstrap intervals over the prompts. In FOLDER a metadata.jsonl (file_name, text) ties
-pictures to prompts; without one the last number in the name is the prompt's line, from 0; without
-numbers the pictures come in name order.
+are 95 % bootstrap intervals over the prompts. In FOLDER pictures are tied to prompts by a
+metadata.jsonl (file_name, text); else by the prompt that A1111 or ComfyUI wrote into them; else by
+the one number in their names that counts them, 0 being the first line of --prompts (or 1, where
+there are as many pictures as lines); else by name order. The rule is printed.
 """
 
 import contextlib
@@ -105,30 +106,84 @@ torch.set_grad_enabled(False)
 # --------------------------------------------------------------------------------------------------
 # what there is to do: prompts, files of --images, rows of the table, settings, networks that score
 
+def own_prompt(file):
+    """The prompt that A1111 or ComfyUI wrote into a PNG, else ''."""
+    with contextlib.suppress(*m.BROKEN, *m.BAD_FILE):
+        info = Image.open(file).info
+        if 'parameters' in info:
+            return re.split('(?:^|\n)(?:Negative prompt|Steps): ', info['parameters'])[0].strip()
+        nodes = json.loads(info.get('prompt', '{}'))
+        for node in nodes.values():
+            value = node['inputs'].get('positive')
+            while isinstance(value, list):                            # the node that it comes from
+                inputs = nodes[value[0]]['inputs']
+                names = 'text', 'text_g', 'positive', 'conditioning', 'value', 'string'
+                value = next(inputs[name] for name in names if name in inputs)
+            if isinstance(value, str):
+                return value.strip()
+    return ''
+
+def tied(found, lines, given):
+    """Pictures to prompts: (the number of each one's line, the prompts, the rule in words).
+    given: --prompts was named."""
+    texts = [own_prompt(file) for file in found]
+    if all(texts):
+        numbers = [lines.index(text) if text in lines else None for text in texts]
+        if None not in numbers and len({*numbers}) == len(numbers):
+            return numbers, lines, 'by the prompt inside each, a line of ' + args.prompts
+        if not given:
+            return range(len(texts)), texts, 'by the prompt inside each'
+    groups = [[int(k) for k in re.findall('[0-9]+', file.stem)] for file in found]
+    count = len(found)
+    if not any(groups) and count == len(lines):
+        return range(count), lines, 'by name order'
+    # the places in a name, from its begin or its end, whose numbers count the pictures from 0 or 1
+    rules = {}
+    for place in range(min(map(len, groups))):
+        for numbers in zip(*([group[place], group[-1 - place]] for group in groups)):
+            least, most = min(numbers), max(numbers)
+            whole = count == len(lines) if least else count <= len(lines)
+            if whole and least in (0, 1) and sorted(numbers) == [*range(least, least + count)]:
+                counted = tuple(number - least for number in numbers)
+                rules[counted] = f'by the numbers {least} ... {most} in the names'
+    if len(rules) != 1:
+        why = 'more than one number in their names counts them' if rules else (
+            f'no number in their names counts them, 0, 1, 2... or 1 ... {len(lines)}, each once')
+        m.die(f'--images {args.images}: which of its {count} pictures belongs to which line of '
+              f'{args.prompts} cannot be told: {why}; name them by their lines, from 0, or add a '
+              'metadata.jsonl (file_name, text)')
+    (numbers, rule), = rules.items()
+    return numbers, lines, rule
+
 source = Path(args.images, 'metadata.jsonl')
+found, numbers = [], []
 if args.images and source.exists():
     with m.sentence(f'--images: {source} must have a file_name and a text in every line'):
-        entries = [json.loads(line) for line in source.open(encoding='utf-8') if line.strip()]
+        entries = source.read_bytes().decode('utf-8-sig').split('\n')
+        entries = [json.loads(line) for line in entries if line.strip()]
         found = [Path(args.images, entry['file_name']) for entry in entries]
         prompts = [entry['text'] for entry in entries]
-    numbers = range(len(found))
+    numbers, rule = range(len(found)), 'by metadata.jsonl'
 else:
     source = Path(args.prompts)
-    prompts = m.read_prompts(source)
-    found = sorted(Path(args.images).glob('*')) if args.images else []
-    found = [f for f in found if f.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp')]
-    numbers = [int(k) for f in found for k in re.findall(r'\d+', f.stem)[-1:]]
-    numbers = numbers if len(numbers) == len(found) else range(len(found))
+    prompts = m.read_prompts(source, blank=True)
+if args.images and not found:
+    found = sorted(f for f in Path(args.images).glob('*') if f.suffix.lower() in m.PICTURES)
+    if not found:
+        m.die(f'--images {args.images} has no picture; give a folder of .png, .jpg or .webp files')
+    lines = prompts
+    numbers, prompts, rule = tied(found, lines, chosen.prompts)
+    source = source if prompts is lines else Path(args.images)
 n = args.n or min(len(prompts), 1 + max(numbers, default=len(prompts)))
-files = {i: file for i, file in zip(numbers, found) if i < n}
-if len({*numbers}) < len(found):
-    m.die(f'--images {args.images}: two names have the same number; number them by prompt, or add '
-          'a metadata.jsonl')
+files = {i: file for i, file in sorted(zip(numbers, found)) if i < n and prompts[i]}
 if n > len(prompts):
     m.die(f'--n {n}: {source} has only {len(prompts)} prompts')
 if args.images and not files:
-    m.die(f'--images {args.images} has no picture for {n} prompts; give .png, .jpg or .webp files')
-near = R.near_prompts(source, len(prompts))
+    m.die(f'--images {args.images}: the first {n} lines of {source}, --n, are blank')
+if args.images and rank == 0:
+    print(f'--images {args.images}: {len(files)} pictures, {files[min(files)].name} ... '
+          f'{files[max(files)].name}, {rule}, to prompts {min(files)} ... {max(files)}')
+near = R.near_prompts(source, len(prompts), blank=True)
 
 guided = []                                               # numbers of steps of the teacher's rows
 rows = {}                                         # label: (pipeline, its steps, what loads it)
@@ -207,8 +262,9 @@ for label, (name, steps, load) in rows.items():
     key = dict(source=name, weights=weights[name], steps=steps, cfg=args.cfg, seed=args.seed,
                dtype=str(dtype), prompts=settings['prompts_sha256'])
     folder = out.parent / 'pictures' / short(key)
-    files_of[label] = {i: folder / f'{i:06d}.png' for i in range(n)}
-    missing = [i for i in range(rank, n, world) if not files_of[label][i].exists()]
+    files_of[label] = {i: folder / f'{i:06d}.png' for i in range(n) if prompts[i]}
+    missing = [i for i in range(rank, n, world)
+               if prompts[i] and not files_of[label][i].exists()]
     if not missing:
         continue
     pipe = load(dtype=dtype).to(device)

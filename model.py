@@ -930,12 +930,13 @@ def writable_folder(path, flag):
         die(f'{flag} {path} cannot be written ({error.strerror}); choose another folder')
     return path
 
-def read_prompts(path, flag='--prompts'):
-    """The non-empty lines of a text file."""
+def read_prompts(path, flag='--prompts', blank=False):
+    """The lines of a text file, which end at \\n or \\r\\n alone; blank ones, as '', only where
+    their numbers count."""
     with sentence(f'{flag} {path} cannot be read as text; give a file with one prompt per line'):
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+        lines = Path(path).read_bytes().decode('utf-8-sig').removesuffix('\n').split('\n')
+    prompts = [line.strip() for line in lines if blank or line.strip()]
+    if not any(prompts):
         die(f'{flag} {path} has no prompt in it; give a file with one prompt per line')
     return prompts
 

@@ -625,8 +625,12 @@ def test_a_failed_write_leaves_the_old_one(kind, tmp_path):
     assert path.read_text() == 'old'
 
 def test_prompts_are_the_lines_that_say_something(tmp_path):
-    (tmp_path / 'p.txt').write_text('\n a fox \n\nb\u00fcro\n  \n', encoding='utf-8')
-    assert m.read_prompts(tmp_path / 'p.txt') == ['a fox', 'b\u00fcro']
+    """They end at \\n and \\r\\n alone, a BOM is none of them; blank ones where numbers count."""
+    text = '\ufeff a fox \r\n\r\nb\u00fcro\u2028x\x0by\x85z\x0cw\n  \nend\n'
+    (tmp_path / 'p.txt').write_bytes(text.encode())
+    lines = ['a fox', '', 'b\u00fcro\u2028x\x0by\x85z\x0cw', '', 'end']
+    assert m.read_prompts(tmp_path / 'p.txt', blank=True) == lines
+    assert m.read_prompts(tmp_path / 'p.txt') == [line for line in lines if line]
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='permissions do not bind root')
 def test_a_folder_without_write_permission(tmp_path, capsys):

@@ -20,7 +20,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import model as m
@@ -397,6 +397,97 @@ def test_real_pictures_score_as_real(tmp_path):
     assert tied['unreadable'] == 1
     assert tied['rprecision']['value'] > .95
 
+@pytest.fixture(scope='session')
+def held(tmp_path_factory):
+    """16 held-out pictures of the toy and their captions."""
+    rows = datasets.load_dataset(
+        'parquet', data_files=str(ROOT / 'assets/toy/data/test.parquet'), split='train')[:16]
+    return [image.convert('RGB') for image in rows['image']], rows['text']
+
+def of_images(folder, names, held, prompts=None, save=None, flags=()):
+    """evaluate.py --images on held-out pictures by these names: the row and what it said."""
+    images, texts = held
+    folder.mkdir()
+    for i, (name, image) in enumerate(zip(names, images)):
+        image.save(folder / name, **(save(i) if save else {}))
+    if prompts is not None:
+        (folder / 'prompts.txt').write_text('\n'.join(prompts), encoding='utf-8')
+        flags = ['--prompts', folder / 'prompts.txt', *flags]
+    done = inside(
+        'evaluate.py', '--images', folder, '--recipe', 'toy', '--metrics', 'rprecision', *flags,
+        '--out', folder / 'x.json')
+    row = {}
+    if not done.returncode:
+        row, = json.loads((folder / 'x.json').read_text())['rows'].values()
+    return row, done
+
+TIED = {
+    'ComfyUI': (lambda i: f'ComfyUI_{i + 1:05d}_.png', 'by the numbers 1 ... 16 in the names'),
+    'A1111': (lambda i: f'{i:05d}-{3000000000 + 7919 * i}.png', 'by the numbers 0 ... 15'),
+    'prompt and seed': (lambda i: f'{i:03d}_a_red_ring_seed42.png', 'by the numbers 0 ... 15'),
+    'date first': (lambda i: f'im_20240801120000_{i}.PNG', 'by the numbers 0 ... 15 in the names'),
+    'letters': (lambda i: f'{"abcdefghijklmnop"[i]}.png', 'by name order')}
+
+@pytest.mark.parametrize('kind', TIED)
+def test_pictures_of_other_tools_are_tied_to_their_prompts(kind, held, tmp_path):
+    """And the rule is said. Their EXIF orientation holds."""
+    name, rule = TIED[kind]
+    tags = Image.Exif()
+    tags[274] = 6
+    images = [image.transpose(Image.ROTATE_90) for image in held[0]]
+    row, done = of_images(
+        tmp_path / 'a', [name(i) for i in range(16)], (images, held[1]), held[1],
+        lambda i: dict(exif=tags))
+    assert rule in well(done).stdout
+    assert f'{name(0)} ... {name(15)}' in done.stdout
+    assert 'to prompts 0 ... 15' in done.stdout
+    assert row['rprecision']['value'] > .9
+
+@pytest.mark.parametrize('name', [
+    lambda i: f'{i + 3}.png', lambda i: f'{i + (i > 4)}.png', lambda i: f'{i // 2}-{i % 2}.png',
+    lambda i: f'{i}-{7 * i % 16}.png', lambda i: f'ComfyUI_{i + 1}.png'],
+    ids=['offset', 'gap', 'double', 'seeds', 'from 1, of more prompts'])
+def test_pictures_that_cannot_be_tied_are_refused(name, held, tmp_path):
+    more = held[1] + ['a red ring on blue'] * ('_' in name(0))
+    _, done = of_images(tmp_path / 'a', [name(i) for i in range(16)], held, more)
+    assert 'which of its 16 pictures belongs to which line' in said_no(done)
+
+def test_blank_lines_count_and_lines_end_at_newlines_alone(held, tmp_path):
+    """A picture of the empty prompt is not scored; U+2028 and the like are within a line; a BOM is
+    no part of the first."""
+    texts = ['\ufeff' + held[1][0].replace(' ', '\u2028', 1), '', *held[1][2:]]
+    row, _ = of_images(tmp_path / 'a', [f'{i}.png' for i in range(16)], held, texts)
+    assert row['per_picture']['index'] == [0, *range(2, 16)]
+    assert row['rprecision']['value'] > .9
+
+def embedded(tool, text):
+    """What a tool writes into a PNG beside its picture."""
+    info = PngImagePlugin.PngInfo()
+    nodes = {'3': dict(inputs=dict(seed=1, positive=['7', 0], negative=['8', 0])),
+             '7': dict(inputs=dict(conditioning=['6', 0])), '6': dict(inputs=dict(text=text)),
+             '8': dict(inputs=dict(text='ugly'))}
+    words = f'{text}\nNegative prompt: ugly\nSteps: 20, Seed: 7' if tool == 'parameters' else nodes
+    info.add_text(tool, words if isinstance(words, str) else json.dumps(words))
+    return dict(pnginfo=info)
+
+@pytest.mark.parametrize('tool', ['parameters', 'prompt'])
+@pytest.mark.parametrize('lines', [True, False])
+def test_a_prompt_inside_a_picture_ties_it(tool, lines, held, tmp_path):
+    """Names tell nothing, or what is wrong; with no prompt file, or one in another order."""
+    row, done = of_images(
+        tmp_path / 'a', [f'{15 - i}.png' for i in range(16)], held, held[1] if lines else None,
+        lambda i: embedded(tool, held[1][i]))
+    assert 'by the prompt inside each' in well(done).stdout
+    assert ('a line of' in done.stdout) == lines
+    assert row['rprecision']['value'] > .9
+
+def test_real_alone_suffices_and_needs_no_captions(held, tmp_path):
+    row, done = of_images(
+        tmp_path / 'a', [f'{i}.png' for i in range(16)], held, held[1],
+        flags=['--metrics', 'cmmd', '--real', tmp_path / 'a', '--n_real', 16])
+    assert f'--real {tmp_path}/a: 16 pictures in the column image' in well(done).stdout
+    assert row['cmmd']['value'] < 1e-3
+
 # --------------------------------------------------------------------------------------------------
 # stage 2
 
@@ -630,7 +721,7 @@ BAD = [
     ('evaluate.py', ['--sheet', 'mps'], '--sheet mps is not among --metrics'),
     ('evaluate.py', ['--clip', 'TMP/notes', '--metrics', 'clip'], 'TMP/notes could not be'),
     ('evaluate.py', ['--images', 'TMP/notes'], '--images TMP/notes has no picture'),
-    ('evaluate.py', ['--images', 'TMP/twice'], '--images TMP/twice: two names'),
+    ('evaluate.py', ['--images', 'TMP/twice'], '--images TMP/twice: which of its 2 pictures'),
     ('evaluate.py', ['--images', 'TMP/untied'], '--images: TMP/untied/metadata.jsonl must'),
     ('evaluate.py', ['--images', 'TMP/unreadable'], 'none of its 1 pictures can be read'),
     ('evaluate.py', ['--prompts', 'TMP/short.txt'], 'TMP/short.hard.txt has 2 lines'),
