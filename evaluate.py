@@ -211,7 +211,7 @@ def short(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 # of weights and settings; a hub id has no files
-weights = {name: [m.crc(file) for file in sorted(Path(name).rglob('*.*'))
+weights = {name: [m.crc(file) for file in sorted([*Path(name).rglob('*.*'), Path(name)])
                   if file.suffix in ('.safetensors', '.json')]
            for name, _, _ in rows.values() if name}
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')}

@@ -127,15 +127,25 @@ class Schedule:
     """
 
     def __init__(self, scheduler):
-        config = scheduler.config
-        flow = 'FlowMatch' in type(scheduler).__name__
-        self.kind = 'flow' if flow else config.prediction_type
-        self.shift = config.get('shift', 1.)
+        config, name = scheduler.config, type(scheduler).__name__
+        flow = 'FlowMatch' in name or config.get('use_flow_sigmas')
+        self.kind = 'flow' if flow else config.get('prediction_type')
+        self.shift = config.get('shift', config.get('flow_shift', 1.))
         if self.kind not in ('flow', 'epsilon', 'v_prediction'):
             die(f'--model: its scheduler predicts {self.kind!r}; only epsilon, v_prediction and '
                 'flow matching are known')
-        if not flow:
-            self.bars = scheduler.alphas_cumprod.double().cpu()
+        if flow:
+            return
+        bars = getattr(scheduler, 'alphas_cumprod', ())
+        if len(bars) != 1000:
+            die(f'--model: its scheduler, {name}, has no table of 1000 noise levels as SDXL has; a '
+                'base trained in the EDM formulation cannot be distilled')
+        self.bars = bars.double().cpu()
+        # diffusers writes 2 ** -24 for the 0 of some schedulers; SDXL ends at .0047
+        if self.kind == 'epsilon' and self.bars[-1] < 1e-6:
+            die('--model: its scheduler ends in pure noise (rescale_betas_zero_snr), where a '
+                'network that predicts epsilon says nothing of x0; give a base that predicts v, or '
+                'set it to false in scheduler_config.json if the network was trained without')
 
     def _bar(self, t):
         self.bars = self.bars.to(t.device)
@@ -221,6 +231,8 @@ def load_pipeline(name, flag, dtype, t5=None):
     quiet()
     folder = Path(name)
     index = folder / 'model_index.json'
+    if folder.is_file():
+        return load_file_of_all(folder, flag, dtype)
     if folder.exists() and not index.exists():
         die(f'{flag} {name} is not a diffusers pipeline folder (it has no model_index.json)')
     if not folder.exists() and not hub_id(name):
@@ -233,11 +245,48 @@ def load_pipeline(name, flag, dtype, t5=None):
         parts = json.loads(index.read_text()) if index.exists() else {}
         without = {k: None for k in ('text_encoder_3', 'tokenizer_3')
                    if t5 is False or parts.get(k) == [None, None]}
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(name), dtype=dtype, use_safetensors=True, **without)
+        pipe = of_any_variant(
+            diffusers.DiffusionPipeline, name, dtype=dtype, use_safetensors=True, **without)
     if t5 and not getattr(pipe, 'text_encoder_3', None):
         die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
     return pipe
+
+def of_any_variant(kind, name, **how):
+    """kind.from_pretrained; where there is no plain *.safetensors, of *.fp16.safetensors."""
+    try:
+        return kind.from_pretrained(str(name), **how)
+    except BAD_FILE as error:
+        with contextlib.suppress(*BAD_FILE):
+            return kind.from_pretrained(str(name), variant='fp16', **how)
+        raise error
+
+def load_file_of_all(file, flag, dtype):
+    """The pipeline in one .safetensors file, as SDXL's fine-tunes are published. What configures it
+    is a model_index.json beside it with its folders, else diffusers' choice by the weights' names,
+    a few kB of the hub's."""
+    import diffusers
+    with sentence(f'{flag} {file} is not a .safetensors file'):
+        names = [*safe_open(file, 'pt').keys()]
+    family = 'StableDiffusion3Pipeline' if any('joint_blocks' in x for x in names) else (
+        'StableDiffusionXLPipeline')
+    dtype = dtype['default'] if isinstance(dtype, dict) else dtype
+    with sentence(f'{flag} {file} could not be loaded as a {family}, or the settings of its kind '
+                  'could not be downloaded; a diffusers folder has them: save_pretrained'):
+        pipe = getattr(diffusers, family).from_single_file(str(file), dtype=dtype, **beside(file))
+        pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))          # SDXL's: fp32
+    return pipe
+
+def beside(file):
+    """For from_single_file: the configuration beside a file."""
+    folder = Path(file).absolute().parent
+    return dict(config=str(folder)) if (folder / 'model_index.json').exists() else {}
+
+def load_network(name, kind, part):
+    """The network of a pipeline (a folder, a hub id or one file) once more, with fp32 weights of
+    its own; kind: its class, part: its name in a pipeline."""
+    if not Path(name).is_file():
+        return of_any_variant(kind, name, subfolder=part, dtype=torch.float32)
+    return kind.from_single_file(str(name), subfolder=part, dtype=torch.float32, **beside(name))
 
 def hub_id(name):
     """Whether a name that is no path can be one on the Hugging Face hub, owner/name."""
@@ -260,6 +309,13 @@ def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, f
     family = type(pipe).__name__
     if family not in families:
         die(f'{flag} {name} is a {family}; this version distils {" and ".join(families)} models')
+    config, depth = network_of(pipe).config, pipe.vae.config.latent_channels
+    if config.in_channels != depth:
+        die(f'{flag} {name}: its network reads {config.in_channels} channels, its VAE has {depth}; '
+            'models that fill in or edit pictures cannot be distilled')
+    if not isinstance(config.sample_size, int):
+        die(f'{flag} {name}: its network has no sample_size, or not one number; write it into its '
+            f'config.json, the side of its pictures / {pipe.vae_scale_factor}')
     return families[family](str(name), pipe, torch.device(device), offload)
 
 class Base:
@@ -311,8 +367,7 @@ class Base:
         from the bf16 teacher; or, given a peft LoraConfig, with the teacher's own frozen tensors
         and new fp32 adapters."""
         if lora is None:
-            net = type(self.teacher).from_pretrained(
-                self.name, subfolder=self.part, dtype=torch.float32)
+            net = load_network(self.name, type(self.teacher), self.part)
             return net.to(self.device).train()
         net = twin(self.teacher)
         net.add_adapter(lora)
@@ -350,18 +405,24 @@ class Base:
         cond, uncond = out.chunk(2)
         return self.schedule.x0(uncond + cfg * (cond - uncond), xt, t)
 
+    def _statistics(self):
+        """(m, s): the VAE's own latents are z s + m. shift_factor is one number for all channels,
+        latents_mean and latents_std are one each."""
+        config = self.vae.config
+        mean, std = (torch.tensor(config.get(name) or [empty], device=self.device).view(1, -1, 1, 1)
+                     for name, empty in (('latents_mean', 0.), ('latents_std', 1.)))
+        return mean + (config.get('shift_factor') or 0), std / config.scaling_factor
+
     def decode(self, z):
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], differentiable."""
-        config = self.vae.config
-        z = z / config.scaling_factor + (config.get('shift_factor') or 0)
-        return self.vae.decode(z).sample
+        mean, std = self._statistics()
+        return self.vae.decode(z * std + mean).sample
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
-        config = self.vae.config
-        z = self.vae.encode(pixels).latent_dist.mean
-        return (z - (config.get('shift_factor') or 0)) * config.scaling_factor
+        mean, std = self._statistics()
+        return (self.vae.encode(pixels).latent_dist.mean - mean) / std
 
     @torch.no_grad()
     def teacher_samples(self, prompts, noise, steps, cfg):
@@ -730,13 +791,18 @@ def reach(base, net, steps, noise, y, s):
 def few_step_scheduler(scheduler, n):
     """The diffusers scheduler whose sampling is backward_simulation's, with its n steps: LCM's, or
     for a flow Euler's with fresh noise at every step (give the pipeline's call sigmas =
-    (n, ..., 1) / n, which it shifts by itself)."""
+    (n, ..., 1) / n, which it shifts by itself). Of the base's own it takes the noise levels, and
+    none of the other settings: clipping, thresholding, spacing."""
     from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
-    if Schedule(scheduler).kind == 'flow':
-        return FlowMatchEulerDiscreteScheduler.from_config(
-            scheduler.config, stochastic_sampling=True)
+    schedule = Schedule(scheduler)
+    if schedule.kind == 'flow':
+        return FlowMatchEulerDiscreteScheduler(shift=schedule.shift, stochastic_sampling=True)
+    names = 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'rescale_betas_zero_snr'
+    levels = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    if levels['beta_schedule'] not in ('linear', 'scaled_linear', 'squaredcos_cap_v2'):
+        levels = dict(trained_betas=scheduler.betas.tolist())         # LCM's cannot compute others
     # with original_inference_steps = n its own default is 1000 / n * k - 1, the student's steps
-    return LCMScheduler.from_config(scheduler.config, original_inference_steps=n)
+    return LCMScheduler(**levels, prediction_type=schedule.kind, original_inference_steps=n)
 
 def network_of(pipe):
     """The denoising network of a pipeline."""

@@ -6,6 +6,7 @@ Data, saved states, the exported student and the toy world's files.
 
 import argparse
 import ast
+import inspect
 import io
 import itertools
 import json
@@ -23,7 +24,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from PIL import Image
+from safetensors.torch import save_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import make_toy
@@ -656,6 +659,146 @@ def test_no_code_that_runs_what_it_reads():
             name = ast.unparse(call.func) if isinstance(call, ast.Call) else ''
             if name == 'torch.load' or name.endswith('load_state_dict_from_url'):
                 assert 'weights_only=True' in ast.unparse(call), (file.name, call.lineno)
+
+# --------------------------------------------------------------------------------------------------
+# bases as they are published
+
+def test_a_base_of_which_only_the_fp16_variant_is_there(toy, tmp_path):
+    m.load_pipeline(TOY / 'sdxl', '', torch.float16).save_pretrained(tmp_path, variant='fp16')
+    assert not list(tmp_path.glob('*/*model.safetensors'))
+    base = m.load_base(tmp_path)
+    net = base.trainable()
+    for name, w in toy.teacher.state_dict().items():
+        assert net.state_dict()[name].dtype == torch.float32
+        assert torch.equal(net.state_dict()[name], w.half().float())
+
+def test_a_base_in_one_file(toy, tmp_path, monkeypatch, capsys):
+    """By diffusers' own loader, configured by what lies beside it. Offline and alone, and no
+    safetensors at all: a sentence each."""
+    file = tmp_path / 'x.safetensors'
+    save_file({'model.diffusion_model.x': torch.zeros(1)}, file)
+    (tmp_path / 'y.safetensors').write_text('not one')
+    for path, says in (file, 'as a StableDiffusionXLPipeline, or the settings of its kind could'), (
+            tmp_path / 'y.safetensors', 'is not a .safetensors file'):
+        with pytest.raises(SystemExit) as stop:
+            m.load_base(path)
+        assert stop.value.code == 2
+        assert f'--model {path} ' in (said := capsys.readouterr().err)
+        assert says in said
+    (tmp_path / 'model_index.json').write_text('{}')
+    calls = []
+
+    def whole(path, **how):
+        calls.append((path, how))
+        return m.load_pipeline(TOY / 'sdxl', '', torch.float32)
+
+    def part(path, **how):
+        calls.append((path, how))
+        return getattr(toy.pipe, how['subfolder'])
+
+    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, 'from_single_file', whole)
+    for kind in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL):
+        monkeypatch.setattr(kind, 'from_single_file', part)
+    base = m.load_base(file)
+    base.trainable()
+    how = dict(dtype=torch.float32, config=str(tmp_path))
+    assert calls == [(str(file), how | extra) for extra in (
+        {}, dict(subfolder='vae'), dict(subfolder='unet'))]
+
+@pytest.mark.parametrize('change, says', [
+    (lambda pipe: pipe.unet.register_to_config(in_channels=9), 'fill in or edit pictures cannot'),
+    (lambda pipe: pipe.unet.register_to_config(sample_size=None), 'has no sample_size'),
+    (lambda pipe: pipe.register_modules(scheduler=diffusers.EDMEulerScheduler()), 'EDMEulerSch'),
+    (lambda pipe: pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True)), 'ends in pure noise (rescale_betas')])
+def test_a_base_that_cannot_be_distilled_is_a_sentence(change, says, monkeypatch, capsys):
+    pipe = m.load_pipeline(TOY / 'sdxl', '', torch.float32)
+    change(pipe)
+    monkeypatch.setattr(m, 'load_pipeline', lambda *a: pipe)
+    with pytest.raises(SystemExit) as stop:
+        m.load_base('x')
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said and said.startswith('error: --model')
+
+def test_statistics_of_a_vae_are_undone():
+    """latents_mean and latents_std, as diffusers' pipelines undo them."""
+    base = m.load_base(TOY / 'sdxl')
+    stream = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(16, generator=stream), torch.rand(16, generator=stream) + .5
+    base.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    mean, std = mean.view(1, 16, 1, 1), std.view(1, 16, 1, 1)
+    x = torch.randn(2, 3, 64, 64, generator=stream).clamp(-1, 1)
+    with torch.no_grad():
+        own = base.vae.encode(x).latent_dist.mean
+        z = base.latents(x)
+        scale = base.vae.config.scaling_factor
+        assert torch.allclose(z * std / scale + mean, own, atol=1e-4)
+        assert torch.allclose(base.decode(z), base.vae.decode(own).sample, atol=1e-4)
+
+KINDS = [kind for kind in KarrasDiffusionSchedulers.__members__ if kind not in (
+    'EDMEulerScheduler', 'DPMSolverSDEScheduler')]              # no table; needs another package
+ODD = dict(clip_sample=True, clip_sample_range=.1, thresholding=True, sample_max_value=.1,
+           timestep_spacing='trailing', steps_offset=3, set_alpha_to_one=False,
+           use_karras_sigmas=True, skip_prk_steps=True, variance_type='fixed_large')
+
+@pytest.mark.parametrize('levels', [
+    dict(prediction_type='epsilon'), dict(prediction_type='v_prediction'),
+    dict(prediction_type='v_prediction', rescale_betas_zero_snr=True),
+    dict(beta_schedule='linear', beta_start=1e-4, beta_end=.02),
+    dict(beta_schedule='squaredcos_cap_v2')], ids=str)
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.filterwarnings('ignore')                             # diffusers' own, of Karras sigmas
+def test_the_students_scheduler_is_the_sampler_of_training(kind, levels, monkeypatch):
+    """Whatever scheduler the base has, and however it is set: noise levels, steps, and what follows
+    from a network's output, large ones too."""
+    kind = getattr(diffusers, kind)
+    takes = inspect.signature(kind).parameters
+    if not levels.keys() <= takes.keys():
+        pytest.skip('it has no such setting')
+    betas = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012) | levels
+    if levels.get('beta_schedule') == 'squaredcos_cap_v2':
+        betas['prediction_type'] = 'v_prediction'
+    base = kind(**{k: v for k, v in ODD.items() if k in takes} | betas)
+    schedule = m.Schedule(base)
+    same_sampler(schedule, m.few_step_scheduler(base, 4), monkeypatch)
+
+@pytest.mark.parametrize('beta_schedule', ['sigmoid', 'laplace'])
+def test_noise_levels_that_lcms_scheduler_cannot_compute(beta_schedule, monkeypatch):
+    base = diffusers.DDPMScheduler(beta_schedule=beta_schedule, prediction_type='v_prediction')
+    same_sampler(m.Schedule(base), m.few_step_scheduler(base, 4), monkeypatch)
+
+@pytest.mark.parametrize('base', [
+    diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=3, use_dynamic_shifting=True, shift_terminal=.1),
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3, use_karras_sigmas=True),
+    diffusers.FlowMatchHeunDiscreteScheduler(shift=3),
+    diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3, prediction_type='flow_prediction')],
+    ids=['dynamic', 'Karras', 'Heun', 'UniPC'])
+def test_a_flows_scheduler_is_the_sampler_of_training(base, monkeypatch):
+    same_sampler(m.Schedule(base), m.few_step_scheduler(base, 4), monkeypatch)
+
+def same_sampler(schedule, few, monkeypatch):
+    stream = torch.Generator().manual_seed(0)
+    steps, x = schedule.steps(4), 5 * torch.randn(2, 4, 8, 8, generator=stream)
+    if schedule.kind == 'flow':
+        few.set_timesteps(sigmas=[1, .75, .5, .25])
+    else:
+        few.set_timesteps(4)
+    assert few.timesteps.tolist() == steps.tolist()
+    noise = torch.randn(4, 2, 4, 8, 8, generator=stream)
+    fresh = iter(noise)
+    for module in ('lcm', 'flow_match_euler_discrete'):
+        monkeypatch.setattr(f'diffusers.schedulers.scheduling_{module}.randn_tensor',
+                            lambda *a, **k: next(fresh))
+    monkeypatch.setattr(torch, 'randn_like', lambda *a, **k: next(fresh))
+    for k, t in enumerate(few.timesteps):
+        out = 3 * torch.randn(x.shape, generator=stream)
+        x0 = schedule.x0(out, x, steps[k:k + 1].expand(2))
+        theirs = few.step(out, t, x).prev_sample
+        x = x0 if k == 3 else schedule.noised(x0, noise[k], steps[k + 1:k + 2].expand(2))
+        assert torch.allclose(theirs, x, rtol=1e-3, atol=1e-3 * x.abs().max())
 
 # --------------------------------------------------------------------------------------------------
 # the exported student
