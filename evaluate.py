@@ -65,7 +65,7 @@ PAPER = dict(
 p = m.parser(__doc__)
 flag = p.add_argument
 flag('--ckpt', nargs='+', default=[],
-     help='runs or student pipelines, a row each; none: newest of out/stage2, out/stage1, shipped')
+     help='runs or student pipelines, a row each; none: newest of out/stage[12]*, else shipped')
 flag('--teacher', action='store_true', help='score the base model (alone, or beside --ckpt)')
 flag('--pipeline', default='', help='score this diffusers pipeline, by --teacher_steps and --cfg')
 flag('--images', default='', help='score this folder of pictures instead')

@@ -17,6 +17,7 @@ import copy
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import functools
 import glob
 import io
@@ -26,6 +27,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import struct
 import sys
 import textwrap
@@ -239,7 +241,7 @@ def load_pipeline(name, flag, dtype, t5=None):
         die(f'{flag} {name} does not exist')
     trouble = 'is damaged or not a pipeline of safetensors files'
     if not folder.exists():
-        trouble = f'could not be downloaded; {flag} assets/toy/sdxl runs offline'
+        trouble = f'could not be loaded or downloaded; {flag} assets/toy/sdxl runs offline'
     with sentence(f'{flag} {name} {trouble}'):
         # a pipeline saved without its T5 has to be told so again
         parts = json.loads(index.read_text()) if index.exists() else {}
@@ -915,12 +917,12 @@ def load_student(folder, facts, dtype, flag='--ckpt'):
     pipe.scheduler = few_step_scheduler(pipe.scheduler, len(facts['steps']))
     return pipe
 
-def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
+def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
     """The folder of a student and its facts (student.json): `ckpt` is a run's folder or the
-    student's own; empty means the newest of `runs`, else the shipped one."""
+    student's own; empty means the newest of the pattern `runs`, else the shipped one."""
     here = Path(os.path.relpath(Path(__file__).parent))
-    files = [Path(run, 'student/student.json') for run in runs]
-    files = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime, reverse=True)
+    files = Path().glob(f'{runs}/student/student.json')
+    files = sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)
     places = [f.parent for f in files] + [here / 'assets/toy/student']
     if ckpt:
         places = [Path(ckpt) / 'student', Path(ckpt)]
@@ -996,6 +998,40 @@ def writable_folder(path, flag):
         die(f'{flag} {path} cannot be written ({error.strerror}); choose another folder')
     return path
 
+def hold(out):
+    """Takes the folder of a run for this one, as long as the process lives; ends with a sentence
+    where another has it. Returns rank 0's open lock file, which is to be kept."""
+    lock, other = None, ''
+    until = time.time() + 5                        # one that was killed may take a moment to go
+    while dist.get_rank() == 0:
+        lock = (out / '.lock').open('a+')
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.time() < until:
+                time.sleep(.2)
+                continue
+            lock.seek(0)
+            other = lock.read().strip() or 'unknown'
+        except OSError:                            # a file system that has no locks
+            break
+        else:
+            lock.truncate(0)
+            lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+            lock.flush()
+        break
+    other = gathered(other)[0]
+    if other:
+        die(f'--out {out} is in use by another run, {other}; wait for its end, or choose another '
+            '--out')
+    return lock
+
+def default_out(stage, recipe):
+    """--out of a recipe where none is given: out/stage1, or for another recipe than the machine's
+    own (sdxl with CUDA, toy without) out/stage1-RECIPE."""
+    own = 'sdxl' if torch.cuda.is_available() else 'toy'
+    return f'out/stage{stage}' + (f'-{recipe}' if recipe not in ('', own) else '')
+
 def read_prompts(path, flag='--prompts', blank=False):
     """The lines of a text file, which end at \\n or \\r\\n alone; blank ones, as '', only where
     their numbers count."""
@@ -1060,10 +1096,11 @@ def last_words(kind, error, trace):
     if isinstance(error, Unreadable):
         words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        words = f'{error.filename or "--out"}: no space left; make room and run again'
+        words = (f'{error.filename or "--out"}: {error.strerror}, by the disk, a quota or the '
+                 'number of files; make room there and run again')
     elif isinstance(error, dist.DistError) or 'gloo' in str(error):
         words = ('another rank is lost, and its own last words say why; run again to go on from '
-                 'the last save')
+                 'the last save, if there is one')
     if not words:
         return sys.__excepthook__(kind, error, trace)
     print(f'error: rank {dist.get_rank()}: {words}', file=sys.stderr, flush=True)
@@ -1104,8 +1141,8 @@ def check_alike(it, weights):
         names = [name for name in sums if other[name] != sums[name]]
         if names:
             die(f'at iteration {it} the weights of {", ".join(names)} on rank {rank} differ from '
-                f'those on rank {dist.get_rank()}, a bug or a faulty device; nothing was saved, '
-                'the save before this one is good')
+                f'those on rank {dist.get_rank()}, a bug or a faulty device; nothing of this '
+                'iteration was saved')
 
 def update(opt, net, clip=1.):
     """Clips net's gradients to norm `clip` and steps; a non-finite gradient is dropped instead, and
@@ -1247,13 +1284,14 @@ def find_state(out, args):
         old, new = saved['args'], vars(args)
         if ('rl_ratio' in old) != ('rl_ratio' in new):
             die(f'--out {out} holds a run of the other stage; choose another --out')
-        if old['model'] != new['model']:
-            die(f'--out {out} holds a run of --model {old["model"]}, not {new["model"]}; choose '
-                'another --out')
+        for key in ('model', 'lora'):
+            if key in old and old[key] != new[key]:
+                die(f'--out {out} holds a run of --{key} {old[key]}, not {new[key]}; choose '
+                    'another --out')
     if saved['iteration'] >= new['iters']:
         if dist.get_rank() == 0:
-            print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations: give '
-                  'more --iters to go on, another --out for a new run')
+            print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
+                  'nothing is changed: give more --iters to go on, another --out for a new run')
         dist.destroy_process_group()
         sys.exit()
     changed = [key for key in old.keys() & new.keys() if old[key] != new[key]]
@@ -1334,8 +1372,10 @@ class Log:
         self.dropped += dropped
         self.in_a_row = self.in_a_row + 1 if dropped else 0
         if self.in_a_row == 10:
-            die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save is '
-                'good: lower the learning rates or --gan_weight and run again')
+            states = states_of(self.file.parent)
+            whence = f'goes on from {states[-1].name}' if states else 'begins anew, none is saved'
+            die(f'10 iterations in a row had a non-finite gradient, up to {it}; lower the learning '
+                f'rates or --gan_weight and run again: it {whence}')
 
     def trouble(self):
         """What was wrong with the data, on all ranks, in words; every rank calls it."""

@@ -13,10 +13,10 @@ G. In one iteration:
     python train_stage1.py                              # CUDA: SDXL; else the toy, in 4 minutes
     torchrun --nproc_per_node=8 train_stage1.py         # 8 GPUs, the same result
     python train_stage1.py --recipe sd3                 # SD3-Medium, LoRA
-    python train_stage1.py --recipe toy-dmd2 --out out/dmd2                # DMD2, for comparison
+    python train_stage1.py --recipe toy-dmd2            # DMD2, for comparison
 
-Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers
-pipeline, or adapters), log.jsonl, samples-*.png, curves.png.
+Running the same command again resumes. out/stage1, or out/stage1-RECIPE, gets state-*/
+(everything), student/ (a diffusers pipeline, or adapters), log.jsonl, samples-*.png, curves.png.
 """
 
 import argparse
@@ -66,7 +66,8 @@ p = m.parser(__doc__)
 flag = p.add_argument
 flag('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy',
      help='table of defaults')
-flag('--out', default='out/stage1', help='folder of the run; the same command resumes')
+flag('--out', help='folder of the run; the same command resumes. Default: out/stage1, or with a '
+     "recipe that is not this machine's own out/stage1-RECIPE")
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
@@ -115,7 +116,7 @@ flag('--wandb', default='', help='Weights & Biases project to log to as well; em
 # --------------------------------------------------------------------------------------------------
 
 recipe = p.parse_known_args()[0].recipe
-p.set_defaults(**RECIPES[recipe])
+p.set_defaults(**RECIPES[recipe], out=m.default_out(1, recipe))
 m.give_way(p, 'data', 'data_files', 'image_column', 'text_column')
 chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
@@ -137,6 +138,7 @@ if args.batch % (world * args.micro):
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
 out = m.writable_folder(args.out, '--out')
+lock = m.hold(out)                                          # while this process lives
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 began = time.time()
@@ -406,8 +408,8 @@ for it in range(start, args.iters + 1):
 faulthandler.cancel_dump_traceback_later()
 trouble = log.trouble()
 if rank == 0 and it < args.iters:
-    print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
-          'from there')
+    where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
+    print(f'told to stop (SIGTERM) after iteration {it}, {where}')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '

@@ -74,8 +74,9 @@ p = m.parser(__doc__)
 flag = p.add_argument
 flag('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's")
 flag('--init', default='',
-     help='run of stage 1, or a student; empty: out/stage1, else the shipped student')
-flag('--out', default='out/stage2', help='folder of the run; the same command resumes')
+     help='run of stage 1, or a student; empty: out/stage1 (-RECIPE), else the shipped one')
+flag('--out', help='folder of the run; the same command resumes. Default: out/stage2, or with a '
+     "recipe that is not this machine's own out/stage2-RECIPE")
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
@@ -144,7 +145,7 @@ flag('--real_files', default='', help='which files of --real')
 # --------------------------------------------------------------------------------------------------
 
 chosen = p.parse_known_args()[0]
-folder, origin = m.find_student(chosen.init, '--init', ['out/stage1'])
+folder, origin = m.find_student(chosen.init, '--init', m.default_out(1, chosen.recipe))
 recipe = chosen.recipe or origin['recipe']
 if recipe not in RECIPES:
     m.die(f'--init {folder}: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
@@ -158,7 +159,7 @@ with m.sentence(f'--init: {file} is damaged; choose another --init'):
     handed = {name: handed[name] for name in HANDED if name in handed}
     odd = [name for name, value in handed.items() if isinstance(value, (list, dict))]
     assert not odd, f'{odd} cannot be'
-p.set_defaults(**RECIPES[recipe])
+p.set_defaults(**RECIPES[recipe], out=m.default_out(2, recipe))
 if adapters['rank']:
     p.set_defaults(**LORA_RATES.get(recipe, {}))
 p.set_defaults(
@@ -190,6 +191,7 @@ if args.batch % (world * args.micro):
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
 out = m.writable_folder(args.out, '--out')
+lock = m.hold(out)                                          # while this process lives
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 began = time.time()
@@ -636,8 +638,8 @@ for it in range(start, args.iters + 1):
 faulthandler.cancel_dump_traceback_later()
 trouble = log.trouble()
 if rank == 0 and it < args.iters:
-    print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
-          'from there')
+    where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
+    print(f'told to stop (SIGTERM) after iteration {it}, {where}')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '

@@ -398,7 +398,9 @@ def test_pictures_are_read_a_little_ahead_by_threads_of_this_process(workers, tm
 
 @pytest.mark.parametrize('error, says', [
     (m.Unreadable('--data x: 12 in a row'), '--data x: 12 in a row'),
-    (OSError(28, 'No space left on device', 'out/log.jsonl'), 'out/log.jsonl: no space left'),
+    (OSError(28, 'No space left on device', 'out/log.jsonl'),
+     'out/log.jsonl: No space left on device, by the disk, a quota or the number of files'),
+    (OSError(122, 'Disk quota exceeded', 'x'), 'x: Disk quota exceeded, by the disk, a quota'),
     (RuntimeError('[gloo/pair.cc] Connection closed by peer'), 'another rank is lost')])
 def test_last_words(error, says, group, capsys, monkeypatch):
     """Ends that are known are one line and code 2, not a traceback."""
@@ -426,7 +428,8 @@ def pieces(seed=0, width=3):
 
 def settings(**change):
     """A script's arguments, as far as states look at them."""
-    return argparse.Namespace(**dict(model='a', iters=100, batch=4, disk_full='stop') | change)
+    own = dict(model='a', lora=0, iters=100, batch=4, disk_full='stop')
+    return argparse.Namespace(**own | change)
 
 def save(folder, it, weights, opts, **change):
     m.save_state(folder, it, settings(**change), weights, opts, False, lambda: None)
@@ -540,6 +543,7 @@ def test_no_sound_state_is_an_end_and_stays_one(group, tmp_path, capfd):
 
 @pytest.mark.parametrize('change, says', [
     (dict(model='b'), 'holds a run of --model a, not b; choose another --out'),
+    (dict(lora=8), 'holds a run of --lora 0, not 8; choose another --out'),
     (dict(rl_ratio=5), 'holds a run of the other stage; choose another --out')])
 def test_another_run_is_refused(change, says, group, tmp_path, capsys):
     save(tmp_path, 30, *pieces()[1:])
@@ -558,6 +562,19 @@ def test_changed_settings_are_told_and_a_finished_run_is_no_error(group, tmp_pat
     assert 'is finished, at 30 of 30 iterations' in capsys.readouterr().out
     torch.distributed.init_process_group(                              # it left the group, too
         'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+def test_ten_dropped_updates_end_the_run_and_say_from_where_it_goes_on(group, tmp_path, capsys):
+    """A save is only spoken of where there is one."""
+    args = settings(log_every=1, wandb='')
+    for says in 'it begins anew, none is saved', 'it goes on from state-0000007':
+        log = m.Log(tmp_path, 0, torch.device('cpu'), args)
+        with pytest.raises(SystemExit) as stop:
+            for it in range(10):
+                log.count(it, [None])
+        assert (stop.value.code, it) == (2, 9)
+        assert says in capsys.readouterr().err
+        if not m.states_of(tmp_path):
+            save(tmp_path, 7, *pieces()[1:])
 
 @pytest.mark.parametrize('width, name', [(5, 'student'), (3, 'fake')])
 def test_a_state_of_other_networks_is_a_sentence(width, name, group, tmp_path, capsys):

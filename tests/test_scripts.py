@@ -46,8 +46,9 @@ def well(done):
     return done
 
 def stamps(*folders):
-    """{file: its size and time of writing}."""
+    """{file: its size and time of writing}, but for the lock."""
     files = [f for folder in folders for f in folder.rglob('*') if f.is_file()]
+    files = [f for f in files if f.name != '.lock']
     return {f: (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
 
 @pytest.fixture(scope='session')
@@ -157,9 +158,41 @@ def test_what_a_run_leaves_behind(plain):
     times = {k for row in lines for k in row if k.startswith('dm/')}
     assert times <= {'dm/999', 'dm/749', 'dm/499'}
     before = stamps(plain)
-    done = well(inside(*TRAIN, '--out', plain))
-    assert 'is finished, at 4 of 4 iterations' in done.stdout
-    assert stamps(plain) == before
+    for flags in [], ['--seed', 7, '--cfg', 2, '--no-split']:
+        done = well(inside(*TRAIN, *flags, '--out', plain))
+        assert 'is finished, at 4 of 4 iterations, and nothing is changed' in done.stdout
+        assert stamps(plain) == before
+
+def test_two_runs_in_one_folder(plain):
+    """The second says who has it and ends, on all ranks; the first loses nothing. When that is
+    gone, its name in the lock file means nothing."""
+    hold = ('import fcntl, sys, time; f = open(sys.argv[1], "a+"); fcntl.lockf(f, fcntl.LOCK_EX); '
+            'f.truncate(0); f.write("process 7 on moon"); f.flush(); print(1, flush=True); '
+            'time.sleep(99)')
+    holder = subprocess.Popen(
+        [sys.executable, '-c', hold, plain / '.lock'], stdout=subprocess.PIPE, text=True)
+    before = stamps(plain)
+    try:
+        holder.stdout.readline()
+        done = start(*TRAIN, '--micro', 1, '--iters', 6, '--out', plain, ranks=2)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert done.stderr.count('error: --out') == 1
+    assert f'--out {plain} is in use by another run, process 7 on moon; wait' in done.stderr
+    assert 'another rank is lost' not in done.stderr
+    assert done.returncode and stamps(plain) == before
+    assert 'is finished' in well(inside(*TRAIN, '--out', plain)).stdout
+    assert re.fullmatch(r'process \d+ on .+', (plain / '.lock').read_text())
+
+def test_every_recipe_has_a_folder_of_its_own(monkeypatch):
+    """So that README's commands work one after another; the machine's own recipe has the short
+    name."""
+    names = [m.default_out(1, recipe) for recipe in ('toy', 'sdxl', 'sdxl-dmd2')]
+    assert names == ['out/stage1', 'out/stage1-sdxl', 'out/stage1-sdxl-dmd2']
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert [m.default_out(2, recipe) for recipe in ('sdxl', 'toy', 'sd3', '')] == [
+        'out/stage2', 'out/stage2-toy', 'out/stage2-sd3', 'out/stage2']
 
 @pytest.mark.parametrize('flags, said', [
     (['--recipe', 'toy-dmd2'], '--gan latent --gan_weight 0.005 --split False --ttur 5 --couple 1'),
@@ -254,6 +287,8 @@ def test_sample_finds_the_newest_run(plain, tmp_path):
     (tmp_path / 'out/stage1').mkdir(parents=True)
     (tmp_path / 'out/stage1/student').symlink_to(plain / 'student')
     assert 'out/stage1/student' in well(start('sample.py', '--n', 1, cwd=tmp_path)).stdout
+    (tmp_path / 'out/stage1').rename(tmp_path / 'out/stage1-sd3')
+    assert 'out/stage1-sd3/student' in well(inside('sample.py', '--n', 1, cwd=tmp_path)).stdout
     assert (tmp_path / 'samples.png').exists()
 
 def test_sample_is_plain_diffusers(plain, tmp_path):
@@ -756,7 +791,7 @@ def test_bad_input_is_one_sentence(script, flags, says, broken, tmp_path):
     line = said_no(refused(script, *[str(f).replace('TMP', str(broken)) for f in flags], *rest))
     assert says.replace('TMP', str(broken)) in line
     assert stamps(broken, ROOT / 'assets') == before
-    assert not listing(tmp_path)
+    assert listing(tmp_path).keys() <= {'run/.lock'}
 
 def test_every_sentence_has_a_row_of_its_own():
     assert max(Counter(says for _, _, says in BAD).values()) <= 2
