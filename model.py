@@ -1002,24 +1002,21 @@ def hold(out):
     """Takes the folder of a run for this one, as long as the process lives; ends with a sentence
     where another has it. Returns rank 0's open lock file, which is to be kept."""
     lock, other = None, ''
-    until = time.time() + 5                        # one that was killed may take a moment to go
-    while dist.get_rank() == 0:
+    for _ in range(25 if dist.get_rank() == 0 else 0):     # who was killed may take seconds to go
         lock = (out / '.lock').open('a+')
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if time.time() < until:
-                time.sleep(.2)
-                continue
-            lock.seek(0)
-            other = lock.read().strip() or 'unknown'
-        except OSError:                            # a file system that has no locks
-            break
-        else:
+            other = ''
             lock.truncate(0)
             lock.write(f'process {os.getpid()} on {socket.gethostname()}')
             lock.flush()
-        break
+            break
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            other = lock.read() or 'just begun'
+            time.sleep(.2)
+        except OSError:                                         # a file system that has no locks
+            break
     other = gathered(other)[0]
     if other:
         die(f'--out {out} is in use by another run, {other}; wait for its end, or choose another '
@@ -1452,19 +1449,13 @@ def open_picture(source):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
 
-def value_at(row, path):
-    """What a row (nested dicts) has at a column; a dot in its name reaches into a nested one."""
-    for key in [path] if path in row else path.split('.'):
-        row = row.get(key) if isinstance(row, dict) else None
-    return row
-
-def columns_of(row, before=''):
-    """The names of a row's columns, those of nested ones with dots."""
+def flat(row, before=''):
+    """A row's columns, {name: value}; a nested one's name has dots: json.prompt."""
+    found = {}
     for key, value in row.items():
-        if isinstance(value, dict) and not is_picture(value):
-            yield from columns_of(value, f'{before}{key}.')
-        else:
-            yield before + key
+        nested = isinstance(value, dict) and not is_picture(value)
+        found |= flat(value, f'{before}{key}.') if nested else {before + key: value}
+    return found
 
 def is_picture(value):
     """Whether a value is a picture's record ({'bytes', 'path'}), its bytes or its path."""
@@ -1574,49 +1565,42 @@ class Pictures:
             die(f'{self.name} holds no .parquet, no .tar and no picture'
                 + (f' by the name {files}' if files else '')
                 + '; give a folder of them, such a file or a hub id')
-        heads = self.rows
-        if not isinstance(heads, list):
-            heads = [self._row(heads, i) for i in range(min(8, len(heads)))]
-        names = list(dict.fromkeys(name for row in heads for name in columns_of(row)))
-        self.image_column = self._column(heads, names, '--image_column', image_column)
-        self.text_column = None
-        self.texts = self.rows
-        if captioned:
-            self.text_column = self._column(heads, names, '--text_column', text_column)
-            if not isinstance(self.rows, list):                # so that no picture is read for it
-                own = {self.text_column, self.text_column.split('.')[0]}
-                self.texts = self.rows.select_columns([*own & {*self.rows.column_names}])
+        # what the columns hold, by the first rows
+        heads = {}
+        for i in range(min(8 if hasattr(self.rows, 'features') else 10000, len(self.rows))):
+            for name, value in self._row(self.rows, i).items():
+                heads.setdefault(name, []).append(value)
+        every = ', '.join(heads)
+        pictures = [name for name, values in heads.items() if any(map(is_picture, values))]
+        texts = [name for name in heads if name.split('.')[-1].lower() in CAPTIONS]
+        # paths only where there is nothing better: a caption may look like one
+        own = [name for name in pictures if not any(isinstance(x, str) for x in heads[name])]
+        own = own or [name for name in pictures if name not in texts]
+        for option, named, fit, what, way_out in (
+                ('--image_column', image_column, own, 'pictures', ''),
+                ('--text_column', text_column, texts, 'captions',
+                 ', or put NAME.txt beside each picture NAME.jpg'))[:1 + captioned]:
+            if named and named not in heads:
+                die(f'{option} {named}: {self.name} has no such column, only {every}')
+            if not named and len(fit) != 1:
+                found = f'several columns of {what},' if fit else f'no column of {what} among'
+                die(f'{self.name} has {found} {", ".join(fit) or every}: name one with '
+                    f'{option}{way_out}')
+            if named and what == 'pictures' and named not in pictures:
+                die(f'{option} {named} of {self.name} does not hold pictures')
+        self.image_column = image_column or own[0]
+        self.text_column = (text_column or texts[0]) if captioned else None
         self.said = f'{self.name}: {len(self.rows)} pictures in the column {self.image_column}'
         self.said += f', captions in {self.text_column}' if captioned else ''
-
-    def _column(self, heads, names, flag, column):
-        """The column that a flag names, or the only one that can be meant."""
-        every = ', '.join(names)
-
-        usual = [name for name in names if name.split('.')[-1].lower() in CAPTIONS]
-        pictures = [name for name in names
-                    if any(is_picture(value_at(row, name)) for row in heads)]
-        # paths only where there is nothing better: a caption may look like one
-        own = [name for name in pictures
-               if not any(isinstance(value_at(row, name), str) for row in heads)]
-        fit, what, way_out = own or [x for x in pictures if x not in usual], 'pictures', ''
-        if flag == '--text_column':
-            fit, what = usual, 'captions'
-            way_out = ', or put NAME.txt beside each picture NAME.jpg'
-        if not column and len(fit) != 1:
-            among = f'several columns of {what},' if fit else f'no column of {what} among'
-            die(f'{self.name} has {among} {", ".join(fit) or every}: name one with {flag}{way_out}')
-        column = column or fit[0]
-        if all(value_at(row, column) is None for row in heads) and column not in names:
-            die(f'{flag} {column}: {self.name} has no such column, only {every}')
-        if flag == '--image_column' and column not in pictures:
-            die(f'{flag} {column} of {self.name} does not hold pictures')
-        return column
+        self.texts = self.rows                                  # without the pictures, where it can
+        if captioned and not isinstance(self.rows, list):
+            own = {self.text_column, self.text_column.split('.')[0]}
+            self.texts = self.rows.select_columns([*own & {*self.rows.column_names}])
 
     @staticmethod
     def _row(rows, place):
         row = rows[place]
-        return row if isinstance(row, dict) else row.to_pylist()[0]
+        return flat(row if isinstance(row, dict) else row.to_pylist()[0])
 
     def _place(self, position):
         epoch, place = divmod(position, len(self.rows))
@@ -1626,7 +1610,7 @@ class Pictures:
         """The caption in a row, one drawn where there are several; None where there is none."""
         if self.text_column is None:
             return ''
-        values = value_at(row, self.text_column)
+        values = row.get(self.text_column)
         values = values if isinstance(values, list) else [values]
         texts = [str(x).strip() for x in values if isinstance(x, (str, int, float)) and x == x]
         texts = [text for text in texts if text]
@@ -1670,7 +1654,7 @@ class Pictures:
             text = self._text(row, p)
             pixels = 'uncaptioned'
             if text is not None:
-                pixels = self._pixels(value_at(row, self.image_column))
+                pixels = self._pixels(row.get(self.image_column))
             if not isinstance(pixels, str):
                 return dict(pixels=pixels, text=text, trouble=trouble)
             trouble[pixels] += 1
