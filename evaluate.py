@@ -43,8 +43,9 @@ import rewards as R
 METRICS = [*R.SCORES, 'rprecision', 'cmmd', 'fid']
 RECIPES = {
     'sdxl': dict(
-        prompts='assets/prompts.txt', real='jackyhate/text-to-image-2M',
-        real_files='data_1024_10K/*.tar', image_column='jpg', cfg=7.,
+        prompts='assets/prompts.txt', real='common-canvas/commoncatalog-cc-by', image_column='jpg',
+        real_files='8/least_dim_range=1024-2048/aspect_ratio_bucket=1-1/part-00001-*.parquet',
+        cfg=7.,
         metrics=['clip', 'imagereward', 'pickscore', 'hpsv2', 'mps', 'rprecision', 'cmmd']),
     'toy': dict(
         prompts='assets/toy/data/prompts.txt', real='assets/toy/data', real_files='test.parquet',

@@ -35,9 +35,11 @@ import model as m
 # settings: a recipe is a table of defaults, and every flag overrides its entry. The learning rates,
 # GAN weight and data of SDXL and SD3 are not in the paper. What was tried: assets/results.md
 
-T2I_2M = dict(
-    data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
-    text_column='json.prompt', prompts='assets/prompts.txt', sam='vit_b')
+# photographs under CC BY, 5.5 GB of them: a set of another model's pictures would teach its look
+PHOTOS = dict(
+    data='common-canvas/commoncatalog-cc-by', image_column='jpg', text_column='blip2_caption',
+    data_files='4/least_dim_range=1024-2048/aspect_ratio_bucket=1-1/*.parquet',
+    prompts='assets/prompts.txt', sam='vit_b')
 SHAPES = dict(
     data='assets/toy/data', data_files='train.parquet', image_column='image', text_column='text',
     prompts='assets/toy/data/prompts.txt', sam='assets/toy/sam.pth')
@@ -45,11 +47,11 @@ TOY = SHAPES | dict(
     batch=16, micro=16, iters=300, warmup=30, cooldown=100, cfg=3., gan_weight=.1, heads_lr=2e-4,
     save_every=100, sample_every=100, log_every=10)
 RECIPES = {
-    'sdxl': T2I_2M | dict(
+    'sdxl': PHOTOS | dict(
         model='stabilityai/stable-diffusion-xl-base-1.0', batch=64, micro=1, iters=1000, cfg=8.,
         gan_weight=1e-2, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50,
         checkpointing=True),
-    'sd3': T2I_2M | dict(
+    'sd3': PHOTOS | dict(
         model='stabilityai/stable-diffusion-3-medium-diffusers', lora=64, batch=32, micro=1,
         iters=4000, ttur=2, cfg=7., gan_weight=1e-2, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4,
         warmup=50, checkpointing=True),

@@ -37,15 +37,17 @@ import rewards as R
 # settings: the recipe's, over them what stage 1 was told (args.json), over them the command line.
 # Learning rates, beta and weights are not in the paper. What was tried: assets/results.md
 
-T2I_2M = dict(
-    data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
-    text_column='json.prompt', prompts='assets/prompts.txt', sam='vit_b')
+# photographs under CC BY, 5.5 GB of them: a set of another model's pictures would teach its look
+PHOTOS = dict(
+    data='common-canvas/commoncatalog-cc-by', image_column='jpg', text_column='blip2_caption',
+    data_files='4/least_dim_range=1024-2048/aspect_ratio_bucket=1-1/*.parquet',
+    prompts='assets/prompts.txt', sam='vit_b')
 SHAPES = dict(
     data='assets/toy/data', data_files='train.parquet', image_column='image', text_column='text',
     prompts='assets/toy/data/prompts.txt', sam='assets/toy/sam.pth', judge='assets/toy/clip',
     pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet')
 RECIPES = {
-    'sdxl': T2I_2M | dict(
+    'sdxl': PHOTOS | dict(
         lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2, batch=64, micro=1, iters=2000,
         student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6, warmup=50, checkpointing=True,
         critic_warmup=100, log_every=6),
