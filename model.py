@@ -408,23 +408,27 @@ class Base:
         return self.schedule.x0(uncond + cfg * (cond - uncond), xt, t)
 
     def _statistics(self):
-        """(m, s): the VAE's own latents are z s + m. shift_factor is one number for all channels,
-        latents_mean and latents_std are one each."""
+        """latents_mean and latents_std of the VAE, (1, C, 1, 1), where it has both; else 0 and 1."""
         config = self.vae.config
-        mean, std = (torch.tensor(config.get(name) or [empty], device=self.device).view(1, -1, 1, 1)
-                     for name, empty in (('latents_mean', 0.), ('latents_std', 1.)))
-        return mean + (config.get('shift_factor') or 0), std / config.scaling_factor
+        found = config.get('latents_mean'), config.get('latents_std')
+        if None in found:
+            return 0., 1.
+        return [torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in found]
 
     def decode(self, z):
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], differentiable."""
+        config = self.vae.config
         mean, std = self._statistics()
+        z = z / config.scaling_factor + (config.get('shift_factor') or 0)
         return self.vae.decode(z * std + mean).sample
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
+        config = self.vae.config
         mean, std = self._statistics()
-        return (self.vae.encode(pixels).latent_dist.mean - mean) / std
+        z = (self.vae.encode(pixels).latent_dist.mean - mean) / std
+        return (z - (config.get('shift_factor') or 0)) * config.scaling_factor
 
     @torch.no_grad()
     def teacher_samples(self, prompts, noise, steps, cfg):
