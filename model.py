@@ -14,6 +14,7 @@ discriminator, LPO (2502.01051) for the latent reward.
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import errno
 import faulthandler
@@ -408,7 +409,7 @@ class Base:
         return self.schedule.x0(uncond + cfg * (cond - uncond), xt, t)
 
     def _statistics(self):
-        """latents_mean and latents_std of the VAE, (1, C, 1, 1), where it has both; else 0 and 1."""
+        """latents_mean and latents_std of the VAE, (1, C, 1, 1), if it has both; else 0 and 1."""
         config = self.vae.config
         found = config.get('latents_mean'), config.get('latents_std')
         if None in found:
@@ -1471,37 +1472,37 @@ def is_picture(value):
         return isinstance(value, bytes) and bool(Image.open(io.BytesIO(value)))
     return False
 
-def picture_folder(folder):
-    """A folder of pictures, subfolders too, as rows, one a picture: 'image', its path, with what a
-    metadata.jsonl or .csv in its folder or above has of it (file_name...), else the lines of
-    NAME.txt or NAME.caption beside it as 'text'. [] where there are no pictures."""
-    import pandas
-    shown = [folder / f for f in sorted(glob.glob('**/*', root_dir=folder, recursive=True))]
-    rows = {}
-    for file in shown:
-        if file.name == 'metadata.jsonl':
-            lines = file.read_text(encoding='utf-8-sig').split('\n')
-            entries = [json.loads(line) for line in lines if line.strip()]
-        elif file.name == 'metadata.csv':
-            text = file.read_text(encoding='utf-8-sig')
-            head = text.split('\n')[0]
-            entries = pandas.read_csv(io.StringIO(text), sep=',' if ',' in head else ';', dtype=str,
-                                      keep_default_na=False).to_dict('records')
-        else:
+def picture_folder(folder, shown, whole):
+    """{column: values} of the pictures among the paths `shown`, and where they are the whole folder
+    of those that its metadata names: 'image', records, with what a metadata.jsonl or .csv in their
+    folder or above has of them (file_name...), else the lines of NAME.txt or NAME.caption beside
+    them as 'text'; all but the records are lists of strings."""
+    entries = {}
+    for name in sorted(glob.glob('**/metadata.*', root_dir=folder, recursive=True)):
+        file = folder / name
+        if file.suffix not in ('.jsonl', '.csv'):
             continue
-        for entry in entries:
+        text = file.read_text(encoding='utf-8-sig')
+        if file.suffix == '.csv':
+            comma = ',' if ',' in text.split('\n')[0] else ';'
+            table = csv.DictReader(io.StringIO(text), delimiter=comma)
+        else:
+            table = (json.loads(line) for line in text.split('\n') if line.strip())
+        for entry in table:
             key = next((k for k in ('file_name', 'image', 'file') if k in entry), None)
             assert key, f'{file} has a line without file_name'
-            path = file.parent / entry.pop(key).replace('\\', '/')
-            rows[path] = entry
-    for file in shown:
-        if file.suffix.lower() not in PICTURES or file in rows:
-            continue
-        rows[file] = {}
-        for beside in file.with_suffix('.txt'), file.with_suffix('.caption'):
-            if beside.exists():
-                rows[file] = dict(text=beside.read_text(encoding='utf-8-sig').split('\n'))
-    return [dict(row, image=dict(path=str(file), bytes=None)) for file, row in sorted(rows.items())]
+            entries[file.parent / entry.pop(key).replace('\\', '/')] = entry
+    found = {file for file in shown if file.suffix.lower() in PICTURES}
+    rows = []
+    for file in sorted(found | entries.keys() if whole else found):
+        beside = [f for f in map(file.with_suffix, ('.txt', '.caption')) if f.exists()]
+        entry = entries.get(file) or {
+            'text': f.read_text(encoding='utf-8-sig').split('\n') for f in beside}
+        lists = {k: v if isinstance(v, list) else [v] for k, v in entry.items()}
+        row = {k: [str(x) for x in values if x is not None] for k, values in lists.items()}
+        rows.append(row | dict(image=dict(path=str(file.absolute()), bytes=None)))
+    names = dict.fromkeys(name for row in rows for name in row if name)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 def first_rows(source, files, limit):
     """The first rows of a set on the hub, the rest of which is not fetched."""
@@ -1510,35 +1511,31 @@ def first_rows(source, files, limit):
     yield from (stream.decode(False) if stream.features else stream).take(limit)
 
 def load_rows(source, files='', limit=0):
-    """Rows (dicts by position) and the folder that paths in them start from: of a hub id, of a
-    .parquet or .tar file, or of a folder of such files or of pictures, all of it one set, whatever
-    their names; files narrows it to a pattern, limit to the first."""
+    """A datasets.Dataset of a hub id, of a .parquet or .tar file, or of a folder of such files or
+    of pictures, all of it one set, whatever their names; files narrows it to a pattern, limit to
+    the first. Its rows are arrow tables."""
     import datasets
     path = Path(source)
-    if not path.exists():
+    if not path.exists() and limit:
         how = dict(source=source, files=files or None, limit=limit)
+        return datasets.Dataset.from_generator(first_rows, gen_kwargs=how).with_format('arrow')
+    if not path.exists():
         # a part of a set does not have the sizes that its card tells
-        rows = (datasets.Dataset.from_generator(first_rows, gen_kwargs=how) if limit else
-                datasets.load_dataset(source, data_files=files or None, split='train',
-                                      verification_mode='no_checks' if files else None))
-        return rows.with_format('arrow'), Path()
+        return datasets.load_dataset(
+            source, data_files=files or None, split='train',
+            verification_mode='no_checks' if files else None).with_format('arrow')
     found = [path]
     if path.is_dir():
-        found = sorted(glob.glob(files or '**/*', root_dir=path, recursive=True))
-        found = [path / f for f in found]
+        names = glob.glob(files or '**/*', root_dir=path, recursive=True)
+        found = [path / name for name in sorted(names)]
     for suffix, builder in ('.parquet', 'parquet'), ('.tar', 'webdataset'):
         tables = [glob.escape(str(f.resolve())) for f in found if f.suffix == suffix]
         if tables:
             rows = datasets.load_dataset(builder, data_files=dict(train=tables), split='train')
-            rows = rows.select(range(min(len(rows), limit or len(rows)))).with_format('arrow')
-            return rows, path.parent if path.is_file() else path
-    if path.is_dir():
-        rows = picture_folder(path)
-        if files:
-            kept = {str(f) for f in found}
-            rows = [row for row in rows if row['image']['path'] in kept]
-        return rows[:limit or None], Path()
-    return [], path
+            break
+    else:
+        rows = datasets.Dataset.from_dict(picture_folder(path, found, not files))
+    return rows.select(range(min(len(rows), limit or len(rows)))).with_format('arrow')
 
 @functools.lru_cache(4)
 def order_of(seed, epoch, n):
@@ -1566,14 +1563,15 @@ class Pictures:
             die(f'{self.name} does not exist')
         with sentence(f'{self.name} could not be loaded or downloaded; {flag} assets/toy/data runs '
                       'offline'):
-            self.rows, self.home = load_rows(source, files, limit)
+            self.rows = load_rows(source, files, limit)
+        self.home = Path(source) if Path(source).is_dir() else Path(source).parent  # of paths in it
         if not len(self.rows):
             die(f'{self.name} holds no .parquet, no .tar and no picture'
                 + (f' by the name {files}' if files else '')
                 + '; give a folder of them, such a file or a hub id')
         # what the columns hold, by the first rows
         heads = {}
-        for i in range(min(8 if hasattr(self.rows, 'features') else 10000, len(self.rows))):
+        for i in range(min(8, len(self.rows))):
             for name, value in self._row(self.rows, i).items():
                 heads.setdefault(name, []).append(value)
         every = ', '.join(heads)
@@ -1598,15 +1596,14 @@ class Pictures:
         self.text_column = (text_column or texts[0]) if captioned else None
         self.said = f'{self.name}: {len(self.rows)} pictures in the column {self.image_column}'
         self.said += f', captions in {self.text_column}' if captioned else ''
-        self.texts = self.rows                                  # without the pictures, where it can
-        if captioned and not isinstance(self.rows, list):
-            own = {self.text_column, self.text_column.split('.')[0]}
-            self.texts = self.rows.select_columns([*own & {*self.rows.column_names}])
+        if captioned:                                           # read without their pictures
+            own = {self.text_column, self.text_column.split('.')[0]} & {*self.rows.column_names}
+            self.texts = self.rows.select_columns([*own])
 
     @staticmethod
     def _row(rows, place):
-        row = rows[place]
-        return flat(row if isinstance(row, dict) else row.to_pylist()[0])
+        row, = rows[place].to_pylist()
+        return flat(row)
 
     def _place(self, position):
         epoch, place = divmod(position, len(self.rows))
