@@ -234,13 +234,14 @@ def load_pipeline(name, flag, dtype, t5=None):
     quiet()
     folder = Path(name)
     index = folder / 'model_index.json'
-    if folder.is_file():
-        return load_file_of_all(folder, flag, dtype)
-    if folder.exists() and not index.exists():
+    if folder.exists() and not folder.is_file() and not index.exists():
         die(f'{flag} {name} is not a diffusers pipeline folder (it has no model_index.json)')
     if not folder.exists() and not hub_id(name):
         die(f'{flag} {name} does not exist')
     trouble = 'is damaged or not a pipeline of safetensors files'
+    if folder.is_file():
+        trouble = ('is not the .safetensors file of an SDXL or SD3 model, or the settings of its '
+                   'kind could not be downloaded; a diffusers folder has them: save_pretrained')
     if not folder.exists():
         trouble = f'could not be loaded or downloaded; {flag} assets/toy/sdxl runs offline'
     with sentence(f'{flag} {name} {trouble}'):
@@ -248,8 +249,9 @@ def load_pipeline(name, flag, dtype, t5=None):
         parts = json.loads(index.read_text()) if index.exists() else {}
         without = {k: None for k in ('text_encoder_3', 'tokenizer_3')
                    if t5 is False or parts.get(k) == [None, None]}
-        pipe = of_any_variant(
-            diffusers.DiffusionPipeline, name, dtype=dtype, use_safetensors=True, **without)
+        load = load_file_of_all if folder.is_file() else functools.partial(
+            of_any_variant, diffusers.DiffusionPipeline, use_safetensors=True)
+        pipe = load(name, dtype=dtype, **without)
     if t5 and not getattr(pipe, 'text_encoder_3', None):
         die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
     return pipe
@@ -263,20 +265,22 @@ def of_any_variant(kind, name, **how):
             return kind.from_pretrained(str(name), variant='fp16', **how)
         raise error
 
-def load_file_of_all(file, flag, dtype):
+def load_file_of_all(file, dtype, **without):
     """The pipeline in one .safetensors file, as SDXL's fine-tunes are published. What configures it
     is a model_index.json beside it with its folders, else diffusers' choice by the weights' names,
     a few kB of the hub's."""
     import diffusers
-    with sentence(f'{flag} {file} is not a .safetensors file'):
-        names = [*safe_open(file, 'pt').keys()]
-    family = 'StableDiffusion3Pipeline' if any('joint_blocks' in x for x in names) else (
-        'StableDiffusionXLPipeline')
+    names = {*safe_open(file, 'pt').keys()}
+    sd3 = any('joint_blocks' in name for name in names)
+    kind = diffusers.StableDiffusion3Pipeline if sd3 else diffusers.StableDiffusionXLPipeline
     dtype = dtype['default'] if isinstance(dtype, dict) else dtype
-    with sentence(f'{flag} {file} could not be loaded as a {family}, or the settings of its kind '
-                  'could not be downloaded; a diffusers folder has them: save_pretrained'):
-        pipe = getattr(diffusers, family).from_single_file(str(file), dtype=dtype, **beside(file))
-        pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))          # SDXL's: fp32
+    pipe = kind.from_single_file(
+        str(file), dtype=dtype, **beside(file), **(without if sd3 else {}))
+    pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))              # SDXL's: fp32
+    if 'v_pred' in names:                       # marks of fine-tunes, which diffusers does not read
+        pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
+            pipe.scheduler.config, prediction_type='v_prediction',
+            rescale_betas_zero_snr='ztsnr' in names))
     return pipe
 
 def beside(file):

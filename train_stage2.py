@@ -498,6 +498,7 @@ for it in range(start, args.iters + 1):
         t_next = steps[s + 1:s + 2]
         a, sigma = schedule.alpha(t_next), schedule.sigma(t_next)
         texts = captions(it)
+        log.data.update(cut=base.cut(texts))
         y = base.encode(texts)
         eps, _ = m.draw(args.seed, it, mine, (S + args.candidates, *base.latent_shape))
         for k in range(0, len(mine), args.micro):

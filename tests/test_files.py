@@ -691,18 +691,17 @@ def test_a_base_of_which_only_the_fp16_variant_is_there(toy, tmp_path):
         assert torch.equal(net.state_dict()[name], w.half().float())
 
 def test_a_base_in_one_file(toy, tmp_path, monkeypatch, capsys):
-    """By diffusers' own loader, configured by what lies beside it. Offline and alone, and no
-    safetensors at all: a sentence each."""
+    """By diffusers' own loader, configured by what lies beside it, and by a fine-tune's mark that
+    it predicts v. Offline and alone, and no safetensors at all: a sentence."""
     file = tmp_path / 'x.safetensors'
-    save_file({'model.diffusion_model.x': torch.zeros(1)}, file)
+    save_file({'model.diffusion_model.x': torch.zeros(1), 'v_pred': torch.zeros(1)}, file)
     (tmp_path / 'y.safetensors').write_text('not one')
-    for path, says in (file, 'as a StableDiffusionXLPipeline, or the settings of its kind could'), (
-            tmp_path / 'y.safetensors', 'is not a .safetensors file'):
+    for path in file, tmp_path / 'y.safetensors':
         with pytest.raises(SystemExit) as stop:
             m.load_base(path)
         assert stop.value.code == 2
-        assert f'--model {path} ' in (said := capsys.readouterr().err)
-        assert says in said
+        said = capsys.readouterr().err
+        assert f'--model {path} is not the .safetensors file of an SDXL or SD3 model, or' in said
     (tmp_path / 'model_index.json').write_text('{}')
     calls = []
 
@@ -719,6 +718,7 @@ def test_a_base_in_one_file(toy, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(kind, 'from_single_file', part)
     base = m.load_base(file)
     base.trainable()
+    assert base.schedule.kind == 'v_prediction'
     how = dict(dtype=torch.float32, config=str(tmp_path))
     assert calls == [(str(file), how | extra) for extra in (
         {}, dict(subfolder='vae'), dict(subfolder='unet'))]
