@@ -337,11 +337,10 @@ near = R.near_prompts(args.prompts, len(watched))
 watched = watched[:args.eval_n]
 clip = scorers.get('clip')
 if clip and args.eval_every and rank == 0:
-    photos = (args.data, args.data_files, args.image_column)
-    photos = (args.real, args.real_files, '') if args.real else photos
-    photos = m.Pictures(
-        *photos, '', base.size, args.seed, '--real' if args.real else '--data', args.data_limit,
-        captioned=False)
+    photos = pictures
+    if args.real:
+        photos = m.Pictures(
+            args.real, args.real_files, '', '', base.size, args.seed, '--real', captioned=False)
     photos = [photos[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(photos.rows)))]
     photos = torch.cat([clip.embed_images(x.to(device)).cpu() for x in photos])           # (n, D)
 # the networks that judge wait in main memory while the run trains, but for one that is the reward
