@@ -197,10 +197,9 @@ class Schedule:
     def steps(self, n):
         """n evenly spaced student steps from pure noise on: 4 gives 999, 749, 499, 249, or for
         flow matching with shift 3: 1000, 900, 750, 500."""
-        u = torch.arange(n, 0, -1).double() / n
         if self.kind == 'flow':
-            return self._shifted(u).float()
-        return (1000 * u - 1).round().float()
+            return self._shifted(torch.arange(n, 0, -1).double() / n).float()
+        return 999. - torch.arange(n) * 1000 // n
 
     def _shifted(self, u):
         """A flow's noise level u in [0, 1] -> t, moved towards noise (SD3, 2403.03206, eq. 23)."""
@@ -799,8 +798,8 @@ def reach(base, net, steps, noise, y, s):
     before = backward_simulation(base, net, steps, noise, y, stop=s)
     return at_step(base, steps, noise, s, before)
 
-def few_step_scheduler(scheduler, n):
-    """The diffusers scheduler whose sampling is backward_simulation's, with its n steps: LCM's, or
+def few_step_scheduler(scheduler):
+    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, or
     for a flow Euler's with fresh noise at every step (give the pipeline's call sigmas =
     (n, ..., 1) / n, which it shifts by itself). Of the base's own it takes the noise levels, and
     none of the other settings: clipping, thresholding, spacing."""
@@ -812,8 +811,8 @@ def few_step_scheduler(scheduler, n):
     levels = {name: scheduler.config[name] for name in names if name in scheduler.config}
     if levels['beta_schedule'] not in ('linear', 'scaled_linear', 'squaredcos_cap_v2'):
         levels = dict(trained_betas=scheduler.betas.tolist())         # LCM's cannot compute others
-    # with original_inference_steps = n its own default is 1000 / n * k - 1, the student's steps
-    return LCMScheduler(**levels, prediction_type=schedule.kind, original_inference_steps=n)
+    # from all 1000 it takes Schedule.steps, of any number; from its own 50 it would take others
+    return LCMScheduler(**levels, prediction_type=schedule.kind, original_inference_steps=1000)
 
 def network_of(pipe):
     """The denoising network of a pipeline."""
@@ -861,7 +860,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
     its LoraConfig) the adapters. dtype: of all weights, by name. student.json has facts (base
     model, recipe, iteration, prompts) and the steps."""
     dtype = getattr(torch, dtype)
-    scheduler = few_step_scheduler(base.pipe.scheduler, len(steps))
+    scheduler = few_step_scheduler(base.pipe.scheduler)
     facts = facts | dict(steps=steps.long().tolist())
     with replacing(folder) as tmp:
         if lora:
@@ -923,7 +922,7 @@ def load_student(folder, facts, dtype, flag='--ckpt'):
     pipe = load_pipeline(facts['base_model'], whose, dtype, facts.get('t5'))
     lora_file(folder, network_of(pipe), flag)                                    # for its sentence
     pipe.load_lora_weights(folder)
-    pipe.scheduler = few_step_scheduler(pipe.scheduler, len(facts['steps']))
+    pipe.scheduler = few_step_scheduler(pipe.scheduler)
     return pipe
 
 def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):

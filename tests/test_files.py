@@ -779,12 +779,12 @@ def test_the_students_scheduler_is_the_sampler_of_training(kind, levels, monkeyp
         betas['prediction_type'] = 'v_prediction'
     base = kind(**{k: v for k, v in ODD.items() if k in takes} | betas)
     schedule = m.Schedule(base)
-    same_sampler(schedule, m.few_step_scheduler(base, 4), monkeypatch)
+    same_sampler(schedule, m.few_step_scheduler(base), monkeypatch)
 
 @pytest.mark.parametrize('beta_schedule', ['sigmoid', 'laplace'])
 def test_noise_levels_that_lcms_scheduler_cannot_compute(beta_schedule, monkeypatch):
     base = diffusers.DDPMScheduler(beta_schedule=beta_schedule, prediction_type='v_prediction')
-    same_sampler(m.Schedule(base), m.few_step_scheduler(base, 4), monkeypatch)
+    same_sampler(m.Schedule(base), m.few_step_scheduler(base), monkeypatch)
 
 @pytest.mark.parametrize('base', [
     diffusers.FlowMatchEulerDiscreteScheduler(
@@ -795,7 +795,14 @@ def test_noise_levels_that_lcms_scheduler_cannot_compute(beta_schedule, monkeypa
         use_flow_sigmas=True, flow_shift=3, prediction_type='flow_prediction')],
     ids=['dynamic', 'Karras', 'Heun', 'UniPC'])
 def test_a_flows_scheduler_is_the_sampler_of_training(base, monkeypatch):
-    same_sampler(m.Schedule(base), m.few_step_scheduler(base, 4), monkeypatch)
+    same_sampler(m.Schedule(base), m.few_step_scheduler(base), monkeypatch)
+
+def test_any_number_of_steps_is_plain_diffusers(toy):
+    """Also those that do not divide 1000."""
+    few = m.few_step_scheduler(toy.pipe.scheduler)
+    for n in (*range(1, 21), 30, 64):
+        few.set_timesteps(n)
+        assert few.timesteps.tolist() == toy.schedule.steps(n).tolist(), n
 
 def same_sampler(schedule, few, monkeypatch):
     stream = torch.Generator().manual_seed(0)
