@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import socket
@@ -39,6 +40,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,7 +50,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
@@ -60,6 +64,9 @@ def die(message, alone=False):
     ranks come to the same end, unless this rank is alone with its trouble."""
     if alone or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
+    if dist.is_initialized():                  # its threads would hold up, or abort, a usual exit
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 # what libraries raise for a file that is missing, damaged or something else
@@ -337,6 +344,7 @@ class Base:
         self.device = device
         pipe.set_progress_bar_config(disable=True)
         self.teacher = getattr(pipe, self.part).eval().to(device)
+        self.network = type(self.teacher)                    # FSDP2 gives its networks other classes
         self.vae = pipe.vae.eval().to(device)
         encoders = (pipe.components.get(f'text_encoder{k}') for k in ('', '_2', '_3'))
         self.encoders = [net for net in encoders if net]
@@ -370,11 +378,11 @@ class Base:
 
     def trainable(self, lora=None):
         """A copy of the teacher to train: with fp32 weights of its own, read from the files, not
-        from the bf16 teacher; or, given a peft LoraConfig, with the teacher's own frozen tensors
-        and new fp32 adapters."""
+        from the bf16 teacher, into main memory, from where parallel() takes them; or, given a peft
+        LoraConfig, with the teacher's own frozen tensors and new fp32 adapters."""
         if lora is None:
-            net = load_network(self.name, type(self.teacher), self.part)
-            return net.to(self.device).train()
+            net = load_network(self.name, self.network, self.part)
+            return net.train()
         net = twin(self.teacher)
         net.add_adapter(lora)
         for w in trained(net).values():
@@ -435,21 +443,30 @@ class Base:
         return (z - (config.get('shift_factor') or 0)) * config.scaling_factor
 
     @torch.no_grad()
-    def teacher_samples(self, prompts, noise, steps, cfg):
-        """The teacher's pictures by its own scheduler: noise (B, C, h, w) -> (B, 3, H, W)."""
-        self.pipe.to(self.device)
-        z = self.pipe(
-            list(prompts), num_inference_steps=steps, guidance_scale=cfg, height=self.size,
-            width=self.size, latents=noise.to(self.device, self.teacher.dtype),
-            output_type='latent', **text_length(self.pipe)).images
-        for net in self.waiting:
-            net.to('cpu')
-        return self.decode(z.float())
+    def pictures(self, z):
+        """decode() to look at, one by one: at 1024 px each takes 3.2 GB (tests/bench.py)."""
+        return torch.cat([self.decode(one[None]).float() for one in z])
+
+    @torch.no_grad()
+    def teacher_samples(self, prompts, noise, steps, cfg, micro):
+        """The teacher's pictures by its own scheduler, `micro` at a time: noise (B, C, h, w) ->
+        (B, 3, H, W). Every rank calls it, as the teacher may be sharded."""
+        found = []
+        for k in range(0, len(prompts), micro):
+            latents = noise[k:k + micro].to(self.device, self.teacher.dtype)
+            with self.on_device():
+                z = self.pipe(
+                    prompts[k:k + micro], num_inference_steps=steps, guidance_scale=cfg,
+                    height=self.size, width=self.size, latents=latents, output_type='latent',
+                    **text_length(self.pipe)).images
+            found.append(self.pictures(z.float()))
+        return torch.cat(found)
 
     def features(self, net, xt, t, y):
         """What the first half of net makes of (xt, t, y): a list of maps (B, C, h, w) float32, the
         last of them the bottleneck that DMD2's discriminator looks at. The other half is not
-        computed. net must be the bare module, not its DDP wrapper."""
+        computed. net must be the bare module, not its DDP wrapper; a sharded one (FSDP2) gives the
+        weights of its root back in the backward pass that must follow."""
         found = []
         blocks = self.first_half(net)
 
@@ -535,7 +552,7 @@ def load_trained(net, tensors):
         raise RuntimeError(f'{len(odd)} tensors are missing, too many or of another shape, '
                            f'{odd[0]} among them')
     for k, w in own.items():
-        w.copy_(tensors[k])
+        put(w, tensors[k])
 
 def twin(net, dtype=None):
     """A copy of net that shares its frozen parameters and its buffers. dtype, where the copy is not
@@ -798,6 +815,16 @@ def reach(base, net, steps, noise, y, s):
     before = backward_simulation(base, net, steps, noise, y, stop=s)
     return at_step(base, steps, noise, s, before)
 
+def student_pictures(base, net, steps, prompts, noise, micro):
+    """The student's pictures by backward_simulation, `micro` at a time: noise (B, S, C, h, w) ->
+    (B, 3, H, W). Every rank calls it, as the student may be sharded."""
+    found = []
+    for k in range(0, len(prompts), micro):
+        j = slice(k, k + micro)
+        z = backward_simulation(base, net, steps, noise[j], base.encode(prompts[j]))
+        found.append(base.pictures(z))
+    return torch.cat(found)
+
 def few_step_scheduler(scheduler):
     """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, or
     for a flow Euler's with fresh noise at every step (give the pipeline's call sigmas =
@@ -819,15 +846,17 @@ def network_of(pipe):
     return pipe.transformer if hasattr(pipe, 'transformer') else pipe.unet
 
 def compile_pipeline(pipe):
-    """torch.compile for a pipeline's network and its VAE's decoder, for every size of batch."""
+    """torch.compile for a pipeline's network, for every size of batch, and its VAE's decoder."""
     network_of(pipe).compile(fullgraph=True, dynamic=False)
-    pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, dynamic=False)
+    pipe.vae.decoder.compile(fullgraph=True, dynamic=False)
 
 @torch.no_grad()
 def generate(pipe, prompts, indices, seed, steps, cfg):
     """Pictures (B, 3, H, W) in [0, 1], float32 on the CPU, one for each prompt. The noise of a
     picture depends on (seed, its index) alone, not on the batch. A student's pipeline takes `steps`
-    evenly spaced steps and no guidance, any other its scheduler's own with guidance cfg."""
+    evenly spaced steps and no guidance, any other its scheduler's own with guidance cfg. Pictures
+    are decoded one by one: at 1024 px each takes 3.2 GB (tests/bench.py)."""
+    pipe.vae.enable_slicing()
     streams = [generator(seed, int(i)) for i in indices]
     how = dict(num_inference_steps=steps, guidance_scale=cfg)
     if type(pipe.scheduler).__name__ == 'LCMScheduler':
@@ -855,11 +884,28 @@ def on_cpu(net, dtype):
         copies[id(b)] = b.detach().to('cpu', dtype if b.is_floating_point() else b.dtype)
     return copy.deepcopy(net, copies).eval()
 
+@torch.no_grad()
+def whole_on_rank_0(tensors, dtype):
+    """{name: tensor} in main memory, floating ones as dtype, gathered one by one where they are
+    sharded. Every rank calls it, rank 0 has the result, the others {}."""
+    found = {}
+    for name, w in tensors.items():
+        w = w.full_tensor() if isinstance(w, DTensor) else w
+        if dist.get_rank() == 0:
+            found[name] = w.detach().to('cpu', dtype if w.is_floating_point() else w.dtype)
+    return found
+
 def save_student(folder, base, student, steps, dtype, facts, lora=None):
     """Saves the student with a scheduler of its own: a pipeline folder, or of a LoRA student (lora:
     its LoraConfig) the adapters. dtype: of all weights, by name. student.json has facts (base
-    model, recipe, iteration, prompts) and the steps."""
+    model, recipe, iteration, prompts) and the steps. Every rank calls it, rank 0 writes."""
     dtype = getattr(torch, dtype)
+    if lora:
+        tensors = whole_on_rank_0(trained(student), torch.float32)
+    else:
+        tensors = whole_on_rank_0(student.state_dict(), dtype)
+    if dist.get_rank():
+        return
     scheduler = few_step_scheduler(base.pipe.scheduler)
     facts = facts | dict(steps=steps.long().tolist())
     with replacing(folder) as tmp:
@@ -867,18 +913,21 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             tmp.mkdir()
             scale = lora.lora_alpha / lora.r
             adapters = {}
-            for name, w in trained(student).items():
+            for name, w in tensors.items():
                 # alpha / rank goes into the second factor: at scale 1, whatever a loader does
-                w = w.detach() * (scale if 'lora_B' in name else 1)
-                adapters[name.replace('.default', '')] = w.to('cpu', dtype)
+                w = w * (scale if 'lora_B' in name else 1)
+                adapters[name.replace('.default', '')] = w.to(dtype)
             type(base.pipe).save_lora_weights(tmp, **{f'{base.part}_lora_layers': adapters})
             scheduler.save_pretrained(tmp / 'scheduler')
             targets = sorted(lora.target_modules)
             facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
         else:
-            parts = dict(base.pipe.components, scheduler=scheduler) | {base.part: student}
+            with torch.device('meta'):
+                network = base.network.from_config(student.config)
+            network.load_state_dict(tensors, assign=True)
+            parts = dict(base.pipe.components, scheduler=scheduler) | {base.part: network}
             for name, part in parts.items():
-                if isinstance(part, nn.Module):
+                if isinstance(part, nn.Module) and part is not network:
                     parts[name] = on_cpu(part, dtype)
             for name, value in base.pipe.config.items():
                 if name == 'force_zeros_for_empty_prompt':
@@ -900,13 +949,11 @@ def lora_file(folder, net, flag):
             die(f'{flag} {file} is of another base model: its {k}, {tuple(v.shape)}, does not fit')
     return tensors
 
-def restore_student(net, folder, lora, flag='--init'):
-    """Puts the weights that save_student wrote into net, a copy of its base model's network, with
-    adapters where lora says so."""
+def restore_student(base, net, folder, lora, flag='--init'):
+    """Puts the weights that save_student wrote into net, of base.trainable(lora)."""
     if lora is None:
-        part = next(k for k in (SDXL.part, SD3.part) if Path(folder, k).exists())
-        saved = type(net).from_pretrained(folder, subfolder=part, dtype=torch.float32)
-        net.load_state_dict(saved.state_dict())
+        saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
+        load_trained(net, dict(saved.named_parameters()))
         return
     adapters = {}
     for name, w in lora_file(folder, net, flag).items():
@@ -1032,10 +1079,8 @@ def hold(out):
     return lock
 
 def default_out(stage, recipe):
-    """--out of a recipe where none is given: out/stage1, or for another recipe than the machine's
-    own (sdxl with CUDA, toy without) out/stage1-RECIPE."""
-    own = 'sdxl' if torch.cuda.is_available() else 'toy'
-    return f'out/stage{stage}' + (f'-{recipe}' if recipe not in ('', own) else '')
+    """--out where none is given: out/stage1, or with --recipe out/stage1-RECIPE."""
+    return '-'.join(filter(None, [f'out/stage{stage}', recipe]))
 
 def read_prompts(path, flag='--prompts', blank=False):
     """The lines of a text file, which end at \\n or \\r\\n alone; blank ones, as '', only where
@@ -1123,25 +1168,94 @@ def gathered(value):
     dist.all_gather_object(values, value)
     return values
 
-def parallel(net, device):
-    """net as the loop calls it: DDP, which averages gradients over ranks. None stays None."""
+# layers whose weights are gathered together, by the names of their classes in diffusers
+BLOCKS = 'BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock'
+
+def parallel(net, device, shard=False, cpu_offload=False, compiled=False):
+    """net as the loop calls it, on its device. None stays None.
+
+    DDP: every rank has all of its weights, and gradients are averaged. shard, for a network that is
+    trained or frozen as a whole: FSDP2. Every rank has a share of each weight, its gradient and
+    moments; a layer's weights are gathered, in bf16 on CUDA, for its forward and again for its
+    backward, which ends in the share of the mean gradient, fp32. Between machines shares are
+    repeated. Either way gradients are exchanged in every backward. cpu_offload: shares, gradients
+    and moments of what is trained wait in main memory. compiled: torch.compile.
+    """
     if net is None:
         return None
-    warnings.filterwarnings('ignore', message='.*broadcast_buffers')         # torch 2.14's, of DDP
-    return DDP(net, device_ids=[device.index] if device.type == 'cuda' else None,
-               broadcast_buffers=False, gradient_as_bucket_view=True)
+    world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    frozen = not trained(net)
+    if not shard or frozen and world == 1:
+        net.to(device)
+        if compiled:
+            net.compile(fullgraph=True, dynamic=False)
+        if frozen:
+            return net
+        warnings.filterwarnings('ignore', message='.*broadcast_buffers')     # torch 2.14's, of DDP
+        return DDP(net, device_ids=[device.index] if device.type == 'cuda' else None,
+                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
-def sync(net, last):
-    """Wraps forward and backward of one micro-batch: ranks exchange gradients in the last only."""
-    return contextlib.nullcontext() if last or net is None else net.no_sync()
+    mesh = init_device_mesh(device.type, (world,))
+    if 1 < here < world:
+        mesh = init_device_mesh(
+            device.type, (world // here, here), mesh_dim_names=('replicate', 'shard'))
+    # no input is cast: bf16 would make of the time 999 1000, autocast knows what to cast. The root,
+    # too, gives its weights back: outside of a forward they are the shares, to be updated and saved
+    how = dict(
+        mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(
+            torch.bfloat16 if device.type == 'cuda' else torch.float32, torch.float32,
+            cast_forward_inputs=False))
+    if cpu_offload and not frozen:
+        how['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
+    for block in [layer for layer in net.modules() if type(layer).__name__ in BLOCKS]:
+        if compiled:                   # hooks, which gather, are no part of a graph: layer by layer
+            torch._dynamo.config.recompile_limit = 256         # a class's layers share their code
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        fully_shard(block, **how)
+    fully_shard(net, **how)
+    if frozen:                         # its list of what ran grows until a backward that never is
+        net.register_forward_hook(lambda *_: net.reset_iter_state())
+    return net
+
+def local(w):
+    """This rank's share of a weight or moment: all of it where it is not sharded."""
+    return w.to_local() if isinstance(w, DTensor) else w
+
+def rows(w):
+    """(first, past the last) of the rows of a weight that this rank has, by its first dimension."""
+    if not isinstance(w, DTensor):
+        return 0, w.shape[0] if w.ndim else 1
+    each = -(-w.shape[0] // w.device_mesh.shape[-1])
+    first = min(each * w.device_mesh.get_coordinate()[-1], w.shape[0])
+    return first, first + len(w.to_local())
+
+@torch.no_grad()
+def put(w, value):
+    """Puts a whole tensor into a weight, of which this rank may have a share only."""
+    first, end = rows(w)
+    local(w).copy_(value[first:end] if isinstance(w, DTensor) else value)
+
+@torch.no_grad()
+def frozen_copy(base, net, compiled=False):
+    """A frozen copy of net, as it is now, in the teacher's dtype; it shares net's frozen weights,
+    and is sharded where net is."""
+    if not any(isinstance(w, DTensor) for w in net.parameters()):
+        copied = twin(net, base.teacher.dtype).requires_grad_(False)
+        return parallel(copied, base.device, compiled=compiled)
+    copied = base.trainable().to(base.teacher.dtype).requires_grad_(False)
+    parallel(copied, base.device, shard=True, compiled=compiled)
+    for w, own in zip(copied.parameters(), net.parameters()):
+        local(w).copy_(local(own))
+    return copied
 
 def check_alike(it, weights):
-    """Ends the run where ranks hold different weights, by the sum of each network's bits.
-    weights: {network: {name: fp32 tensor}}."""
+    """Ends the run where ranks hold different weights, by the sum of each network's bits. Of
+    sharded weights there is one of each. weights: {network: {name: fp32 tensor}}."""
     sums = {}
     for name, tensors in weights.items():
-        bits = [w.detach().view(torch.int32).sum(dtype=torch.int64) for w in tensors.values()]
-        sums[name] = torch.stack(bits).sum().item()
+        bits = [w.detach().view(torch.int32).sum(dtype=torch.int64) for w in tensors.values()
+                if not isinstance(w, DTensor)]
+        sums[name] = sum(bits, torch.zeros((), dtype=torch.int64)).item()
     for rank, other in enumerate(gathered(sums)):
         names = [name for name in sums if other[name] != sums[name]]
         if names:
@@ -1154,6 +1268,7 @@ def update(opt, net, clip=1.):
     as gradients are averaged over ranks, on every rank alike. Returns the norm before clipping, or
     None when dropped."""
     norm = nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     sound = torch.isfinite(norm)
     if sound:
         opt.step()
@@ -1161,9 +1276,144 @@ def update(opt, net, clip=1.):
     return norm if sound else None
 
 # --------------------------------------------------------------------------------------------------
-# the state of a run: state-<iteration>/rank<r>.safetensors has what rank r holds of the optimisers'
-# moments, rank 0's the weights as well, so any number of ranks reads them. Keys are
-# 'student.weight/<name>', 'student.exp_avg/<name>'... state.json has the files' sizes and checksums
+# the plan of a run: what it will hold, computed before anything is fetched or built
+
+# of the published models: parameters of the network, the text encoders (texts without a T5), the
+# adapters per rank on all attention; and GB of a student update at 1024 px for each sample: what its
+# two passes keep, with and without gradient checkpointing, and what their backward adds
+SIZES = dict(
+    sdxl=dict(net=2.567e9, texts=.818e9, t5=0., adapters=1.4515e6, kept=(1.18, 13.8), back=.1),
+    sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3))
+# the VAE and SAM's vit_b with its heads, parameters; GB for each sample of a picture of 1024 px from
+# the latent to the logits and back, with and without checkpointing; GB to decode one to look at, and
+# of a layer in flight: gathered, with its gradient. tests/bench.py --only memory counts all of these
+VAE, SAM, HEADS, PICTURE, LOOK, FLIGHT = .0837e9, .0897e9, .0233e9, (13.1, 30.7), 3.3, .8
+
+def stored(folder):
+    """{part: parameters} of a pipeline folder, by the headers of its safetensors files."""
+    found = {}
+    for file in Path(folder).glob('*/*.safetensors'):
+        with safe_open(file, 'pt') as f:
+            sizes = [int(np.prod(f.get_slice(key).get_shape())) for key in f.keys()]
+        found[file.parent.name] = found.get(file.parent.name, 0) + sum(sizes)
+    return found
+
+def gigabytes(args, world, here, cuda):
+    """{'frozen', 'trained', 'activations': GB on each of `world` cards, `here` of them on this
+    machine, 'main': GB of main memory that --cpu_offload takes, 'state', 'student': GB on the disk,
+    'counted': whether activations are known}, for a training script's settings."""
+    family = 'sd3' if 'sd3' in args.recipe else 'sdxl'
+    size = SimpleNamespace(**SIZES[family])
+    net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), VAE
+    counted = True
+    if Path(args.model).is_dir():
+        parts = stored(args.model)
+        net = parts.get('unet', 0) + parts.get('transformer', 0)
+        texts = sum(n for part, n in parts.items() if part.startswith('text_encoder'))
+        vae = parts.get('vae', 0)
+        counted = abs(net / size.net - 1) < .1
+    own = args.lora * size.adapters * net / size.net if args.lora else net
+    spread = here if 1 < here < world else world
+    few = 2 if cuda else 4                                # bytes of a frozen weight; VAE, SAM: 4
+    sam, heads = (SAM, HEADS) if args.gan == 'pixel' and counted else (0, 0)
+
+    # the teacher, and stage 2's reference, of the teacher's own tensors with --lora
+    copies = 1 if args.lora or not hasattr(args, 'rl_ratio') else 2
+    teachers = few * net * copies / (1 if args.lora else spread)
+    frozen = teachers + 4 * (vae + sam) + (0 if args.offload else few * texts)
+    # weights, gradients and two moments, fp32, of student and fake score; autocast's bf16 copy
+    trained = 2 * 16 * own / (1 if args.lora else spread)
+    main = 0
+    if args.cpu_offload:
+        trained, main = 0, trained
+    if not args.lora and counted:
+        trained += FLIGHT * 1e9 if world > 1 or args.cpu_offload else 2 * net * cuda
+    trained += 16 * heads
+    if hasattr(args, 'rl_ratio') and counted:
+        frozen += few * 2.05e9 if args.reward == 'latent' else 3.9e9
+    activations = 0
+    if counted:
+        dear = 0 if args.checkpointing else 1
+        kept = size.kept[dear]
+        area = (args.gan_crop / 1024) ** 2 if args.gan_crop else 1
+        judged = kept + PICTURE[dear] * area * (args.gan == 'pixel')
+        each = max(judged, kept + size.back)
+        # of a network trained whole the gradients of one pass wait for the other's, in bf16
+        learnt = .9 * args.micro + (0 if args.lora else 2e-9 * net)
+        activations = max(each * args.micro, learnt, LOOK + .4 * args.micro) * few / 2
+    state = 2 * 12 * own + 12 * heads
+    saved = dict(float32=4).get(args.save_dtype, 2)
+    student = saved * (own if args.lora else net + texts + vae)
+    return dict(frozen=frozen / 1e9, trained=trained / 1e9, activations=activations,
+                main=main / 1e9, state=state / 1e9, student=student / 1e9, counted=counted)
+
+def card(device):
+    """GB of a CUDA card, or of main memory for each rank of this machine."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9 / here
+
+def peak(device):
+    """GB that this process held at most: on its CUDA card, else in main memory."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1e9 if sys.platform == 'darwin' else 1e6)
+
+def default_recipe(parser, recipes):
+    """'sdxl' where the cards of this machine hold its run with the flags that were given, else
+    'toy', with a line that says so."""
+    if not torch.cuda.is_available():
+        return 'toy'
+    parser.set_defaults(**recipes['sdxl'])
+    args = parser.parse_known_args()[0]
+    args.recipe = 'sdxl'
+    world, here = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+    need = gigabytes(args, world, here, True)
+    total = need['frozen'] + need['trained'] + need['activations']
+    room = card(torch.device('cuda'))
+    if total < room:
+        return 'sdxl'
+    if os.environ.get('RANK', '0') == '0':
+        print(f'SDXL takes {total:.1f} GB on each of {world} cards, which have {room:.1f}: the toy '
+              'in its place. --recipe sdxl --lora 64 --gan_crop 512 takes less, more ranks do')
+    return 'toy'
+
+def plan(args, out, device):
+    """Prints what a run with these settings takes, beside what there is; ends with a sentence where
+    it cannot fit, but for --force. Returns GB a card, 0 where they are not known."""
+    world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    need = gigabytes(args, world, here, device.type == 'cuda')
+    total = need['frozen'] + need['trained'] + need['activations']
+    room = card(device)
+    # two states and one in the making, the student and the one that takes its place
+    disk = 3 * need['state'] + 2 * need['student']
+    held = [file.stat().st_size for file in out.glob('*/*') if file.is_file()]
+    free = (shutil.disk_usage(out).free + sum(held)) / 1e9
+    if dist.get_rank() == 0:
+        more = f'{need["activations"]:.1f} activations'
+        more = more if need['counted'] else 'activations not counted at this size'
+        main = f', {need["main"]:.1f} GB of main memory' if need['main'] else ''
+        print(f'plan: {total:.1f} GB a rank ({need["frozen"]:.1f} frozen, {need["trained"]:.1f} '
+              f'trained, {more}), which has {room:.1f}{main}; {disk:.1f} GB of disk, of which '
+              f'{free:.1f} are free', flush=True)
+    if args.force:
+        return total
+    if total > room:
+        die(f'the run takes {total:.1f} GB on each rank, which has {room:.1f}: more ranks, --lora '
+            '64, a smaller --micro, --gan_crop 512, --offload or --cpu_offload take less; --force '
+            'tries all the same')
+    if disk > free:
+        die(f'--out {out} has {free:.1f} GB free, the run writes {disk:.1f}: choose another disk; '
+            '--force begins all the same')
+    return total
+
+# --------------------------------------------------------------------------------------------------
+# the state of a run: state-<iteration>/rank<r>.safetensors has what rank r holds of weights and
+# moments. Its keys, 'student.weight/<name>@<row>', 'student.exp_avg/<name>@<row>'..., end in where
+# the piece begins, so any number of ranks reads them, each its own rows. state.json has the files'
+# sizes and checksums
 
 def states_of(folder):
     """The saved states in a run's folder, oldest first; what a kill left (.tmp) is none."""
@@ -1173,23 +1423,37 @@ def iteration_of(state):
     """At which iteration a state was saved; 0 for None."""
     return int(state.name.removeprefix('state-')) if state else 0
 
-def save_state(out, it, args, weights, opts, last, save_student):
-    """Writes out/state-<it> and, by save_student() on rank 0, the student; every rank calls it.
+def pieces(weights, opts):
+    """{key: tensor} of what this rank is to write: of sharded tensors its share, if it is not
+    another machine's repetition, and of whole ones about as much as every other rank."""
+    found, held = {}, [0] * dist.get_world_size()
+    for net, named in weights.items():
+        moments = opts[net].state if net in opts else {}
+        for name, w in named.items():
+            first, _ = rows(w)
+            for kind, value in (dict(weight=w) | moments.get(w, {})).items():
+                if isinstance(value, DTensor):
+                    mine = not any(value.device_mesh.get_coordinate()[:-1])
+                else:
+                    writer = held.index(min(held))
+                    held[writer] += value.nbytes
+                    mine = writer == dist.get_rank()
+                if mine and local(value).numel():
+                    found[f'{net}.{kind}/{name}@{first}'] = local(value).detach().contiguous()
+    return found
 
-    weights: {network: {name: tensor}}, opts: {network: its ZeroRedundancyOptimizer}. Files reach
-    the disk before the state appears, in one rename; the one before it stays, older ones go. A
-    save that fails ends the run; with --disk_full skip only if it is the last.
+def save_state(out, it, args, weights, opts, last, save_student):
+    """Writes out/state-<it> and, by save_student(), the student; every rank calls it.
+
+    weights: {network: {name: tensor}}, opts: {network: its AdamW}. Files reach the disk before the
+    state appears, in one rename; the one before it stays, older ones go. A save that fails ends the
+    run; with --disk_full skip only if it is not the last.
     """
+    began = time.time()
     check_alike(it, weights)
     rank = dist.get_rank()
-    tensors = {}
-    for net, named in weights.items():
-        moments = opts[net].optim.state if net in opts else {}
-        for name, w in named.items():
-            if rank == 0:
-                tensors[f'{net}.weight/{name}'] = w.detach().contiguous()
-            for kind, moment in moments.get(w, {}).items():
-                tensors[f'{net}.{kind}/{name}'] = moment.contiguous()
+    with torch.no_grad():
+        tensors = pieces(weights, opts)
     # the student's files are at most as large as its fp32 weights
     need = sum(gathered(sum(x.nbytes for x in tensors.values())))
     need += sum(w.nbytes for w in weights['student'].values())
@@ -1210,16 +1474,17 @@ def save_state(out, it, args, weights, opts, last, save_student):
     except (OSError, SafetensorError) as error:
         trouble = str(error)
     entries = gathered((file.name, entry, trouble))
-    trouble = ' '.join(words for *_, words in entries)
-    if rank == 0 and not trouble.strip():
+    trouble = ' '.join(words for *_, words in entries).strip()
+    if not trouble:
         try:
-            files = {name: entry for name, entry, _ in entries}
-            state = dict(iteration=it, args=vars(args), files=files)
-            (tmp / 'state.json').write_text(json.dumps(state, indent=1))
-            flush(tmp / 'state.json', tmp)
             save_student()
-            os.replace(tmp, tmp.with_suffix(''))
-            flush(out)
+            if rank == 0:
+                files = {name: entry for name, entry, _ in entries}
+                state = dict(iteration=it, args=vars(args), files=files)
+                (tmp / 'state.json').write_text(json.dumps(state, indent=1))
+                flush(tmp / 'state.json', tmp)
+                os.replace(tmp, tmp.with_suffix(''))
+                flush(out)
         except (OSError, SafetensorError) as error:
             trouble = str(error)
     trouble = ' '.join(gathered(trouble)[0].split())[:200]
@@ -1228,6 +1493,9 @@ def save_state(out, it, args, weights, opts, last, save_student):
         for old in states_of(out)[:-2]:
             remove(old)
     if not trouble:
+        if rank == 0:
+            seconds = time.time() - began
+            print(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB in {seconds:.1f} s', flush=True)
         return
     free = shutil.disk_usage(out).free
     words = (f'--out {out}: the save at iteration {it} failed ({trouble}): it needs '
@@ -1247,35 +1515,38 @@ def crc(file):
     return value
 
 def damage(state):
-    """What is wrong with a saved state's files, by state.json; '' for nothing."""
+    """What is wrong with a saved state's files, by state.json; '' for nothing. Every rank calls it
+    and reads its share of them."""
+    found, rank, world = '', dist.get_rank(), dist.get_world_size()
     try:
         files = json.loads((state / 'state.json').read_text())['files']
         odd = sorted({file.name for file in state.glob('*.safetensors')} ^ files.keys())
-        for name, entry in files.items():
-            if not odd and [(state / name).stat().st_size, crc(state / name)] != entry:
+        for name in sorted(files)[rank::world] if not odd else ():
+            if [(state / name).stat().st_size, crc(state / name)] != files[name]:
                 odd = [name]
+        found = f'{odd[0]} is not what was written' if odd else ''
     except BAD_FILE as error:
-        return f'state.json cannot be read: {error}'
-    return f'{odd[0]} is not what was written' if odd else ''
+        found = f'state.json cannot be read: {error}'
+    return next(filter(None, gathered(found)), '')
 
 def newest_state(folder, flag='--out', own=True):
     """The newest sound state in a run's folder, or None. A damaged one is passed over with a line
     and, where the run is this one's own, set aside until the next save."""
     sound, damaged = None, []
-    for state in reversed(states_of(folder)) if dist.get_rank() == 0 else ():     # once is enough
+    for state in reversed(gathered(states_of(folder))[0]):
         wrong = damage(state)
         if not wrong:
             sound = state
             break
         damaged.append(state)
-        print(f'{state} is damaged ({wrong})', flush=True)
-    for state in damaged if sound and own else ():
+        if dist.get_rank() == 0:
+            print(f'{state} is damaged ({wrong})', flush=True)
+    if damaged and not sound:
+        die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
+    for state in damaged if own and dist.get_rank() == 0 else ():
         aside = Path(f'{state}.damaged')
         remove(aside)
         os.replace(state, aside)
-    sound, damaged = gathered((sound, damaged))[0]
-    if damaged and not sound:
-        die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
     return sound
 
 def find_state(out, args):
@@ -1307,37 +1578,55 @@ def find_state(out, args):
 
 @torch.no_grad()
 def load_state(state, weights, opts, partly=False):
-    """Puts a saved state into weights and optimisers, of whose moments each rank takes its share;
+    """Puts a saved state into weights and optimisers, of which each rank reads its own rows;
     returns the names of the networks found. partly: others may be missing."""
-    found = {}                                        # {network: {weight's name: {kind: tensor()}}}
+    found = {}                        # {network: {weight's name: {kind: [(first row, file, key)]}}}
     if state is None:
         return found.keys()
     with sentence(f'{state} does not fit these networks; choose another --out or --init'):
         for file in sorted(state.glob('*.safetensors')):
             file = safe_open(file, 'pt')
             for key in file.keys():
-                net, kind, name = key.replace('/', '.', 1).split('.', 2)
+                place, _, first = key.partition('@')
+                net, kind, name = place.replace('/', '.', 1).split('.', 2)
                 kinds = found.setdefault(net, {}).setdefault(name, {})
-                kinds[kind] = functools.partial(file.get_tensor, key)
+                kinds.setdefault(kind, []).append((int(first or 0), file, key))
         for net, named in weights.items():
             if partly and net not in found:
                 continue
             assert found[net].keys() == named.keys(), f'it has other weights of {net}'
-            for name, w in named.items():
-                value = found[net][name].pop('weight')()
-                assert value.shape == w.shape, f'{name} of {net} has the shape {value.shape}'
-                w.copy_(value)
-            if net not in opts:
-                continue
-            local = opts[net].optim
-            names = {w: name for name, w in named.items()}
             moments = {}
-            for i, w in enumerate(w for group in local.param_groups for w in group['params']):
-                kinds = found[net][names[w]]
+            for i, (name, w) in enumerate(named.items()):
+                kinds = found[net][name]
+                fill(w, kinds.pop('weight'), name)
                 if kinds:
-                    moments[i] = {kind: read() for kind, read in kinds.items()}
-            local.load_state_dict(local.state_dict() | dict(state=moments))
+                    moments[i] = {kind: torch.zeros_like(w) for kind in kinds if kind != 'step'}
+                    moments[i]['step'] = torch.zeros(())
+                    for kind, value in moments[i].items():
+                        fill(value, kinds[kind], name)
+            if net in opts:
+                opts[net].load_state_dict(opts[net].state_dict() | dict(state=moments))
     return found.keys()
+
+def fill(w, saved, name):
+    """Puts into w its own rows of a saved tensor, [(first row, file, key)]."""
+    if not w.ndim:
+        (_, file, key), = saved
+        w.copy_(file.get_tensor(key))
+        return
+    start, end = rows(w)
+    found, total = [], 0
+    for first, file, key in sorted(saved, key=lambda piece: piece[0]):
+        piece = file.get_slice(key)
+        count, *rest = piece.get_shape()
+        assert rest == [*w.shape[1:]], f'{name} has the shape {[count, *rest]}'
+        total += count
+        low, high = max(start, first), min(end, first + count)
+        if low < high:
+            found.append(piece[low - first:high - first])
+    assert total == len(w), f'{name} has {total} rows'
+    if found:
+        local(w).copy_(torch.cat(found))
 
 # --------------------------------------------------------------------------------------------------
 # the log
@@ -1404,8 +1693,8 @@ class Log:
         shown = {name: value for name, value in row.items() if not name.startswith('data/')}
         text = '  '.join(f'{name} {value:.4f}' for name, value in shown.items())
         print(f'{it:5d}/{self.args.iters}  {text}  {seconds:.2f} s/it', flush=True)
-        memory = torch.cuda.max_memory_allocated() / 2 ** 30 if self.device.type == 'cuda' else 0.
-        row = dict(iteration=it) | row | dict(seconds=seconds, dropped=self.dropped, memory=memory)
+        row = dict(iteration=it) | row | dict(
+            seconds=seconds, dropped=self.dropped, memory=peak(self.device))
         with self.file.open('a') as file:
             file.write(json.dumps(row) + '\n')
         if self.args.wandb:

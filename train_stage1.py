@@ -23,11 +23,11 @@ import argparse
 import faulthandler
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import model as m
 
@@ -66,10 +66,10 @@ LORA_RATES = dict(
 
 p = m.parser(__doc__)
 flag = p.add_argument
-flag('--recipe', choices=RECIPES, default='sdxl' if torch.cuda.is_available() else 'toy',
-     help='table of defaults')
-flag('--out', help='folder of the run; the same command resumes. Default: out/stage1, or with a '
-     "recipe that is not this machine's own out/stage1-RECIPE")
+flag('--recipe', choices=['', *RECIPES], default='',
+     help='table of defaults; empty: sdxl where the cards of this machine hold it, else toy')
+flag('--out', help='folder of the run; the same command resumes. Default: out/stage1, or with '
+     '--recipe out/stage1-RECIPE')
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
@@ -105,6 +105,8 @@ flag('--heads_lr', type=float, help='AdamW learning rate of the discriminator he
 flag('--warmup', type=int, default=0, help='iterations of linear learning-rate warm-up')
 flag('--cooldown', type=int, default=0, help='last iterations, in which they fall linearly to 0')
 flag('--checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
+flag('--cpu_offload', action=yes_no, default=False,
+     help='weights that are trained and their moments wait in main memory; without --lora')
 flag('--compile', action=yes_no, default=False, help='torch.compile for all but text encoders')
 flag('--seed', type=int, default=0, help='seed of the run')
 flag('--save_every', type=int, default=250, help='iterations between saves')
@@ -114,11 +116,15 @@ flag('--sample_every', type=int, default=250, help='iterations between sample gr
 flag('--log_every', type=int, default=1, help='iterations between log lines')
 flag('--timeout', type=float, default=30., help='minutes that an iteration may take at most')
 flag('--disk_full', choices=['stop', 'skip'], default='stop', help='if a save finds no room')
+flag('--force', action=yes_no, default=False, help='begin although the plan does not fit')
+flag('--check', action=yes_no, default=False,
+     help='the plan, one iteration and one save in OUT-check, what they took; nothing is kept')
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # --------------------------------------------------------------------------------------------------
 
-recipe = p.parse_known_args()[0].recipe
-p.set_defaults(**RECIPES[recipe], out=m.default_out(1, recipe))
+given = p.parse_known_args()[0].recipe
+recipe = given or m.default_recipe(p, RECIPES)
+p.set_defaults(**RECIPES[recipe], out=m.default_out(1, given))
 m.give_way(p, 'data', 'data_files', 'image_column', 'text_column')
 chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
@@ -127,6 +133,9 @@ if chosen.gan == 'latent':
 if chosen.lora and not RECIPES[recipe].get('lora'):
     p.set_defaults(**LORA_RATES[recipe.split('-')[0]])
 args = p.parse_args()
+args.recipe = recipe
+if args.check:
+    args.out, args.iters, args.log_every = f'{args.out}-check', 1, 1
 
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
@@ -134,15 +143,23 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
+if args.cpu_offload and args.lora:
+    m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
 if args.batch % (world * args.micro):
     m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
+if args.check and rank == 0:
+    m.remove(Path(args.out))
+m.dist.barrier()
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
 state = m.find_state(out, args)
 start = m.iteration_of(state)
+if rank == 0:
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration {start}')
+planned = m.plan(args, out, device)
 began = time.time()
 told = []                                      # SIGTERM: the iteration is finished, then a save
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
@@ -161,32 +178,34 @@ m.load_trained(nets['fake'], m.trained(nets['student']))
 gan = args.gan != 'none'
 if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
-    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing).to(device)
+    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing)
 elif args.gan == 'latent':
     *_, bottleneck = base.channels(base.teacher)
-    nets['heads'] = m.Head(bottleneck).to(device)
+    nets['heads'] = m.Head(bottleneck)
 if args.checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
+# as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
+# teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP)
+how = dict(shard=not lora and (world > 1 or args.cpu_offload), cpu_offload=args.cpu_offload,
+           compiled=args.compile)
+student = m.parallel(nets['student'], device, **how)
+fake = m.parallel(nets['fake'], device, **how)
+heads = m.parallel(nets.get('heads'), device, compiled=args.compile)
+m.parallel(base.teacher, device, **how)
+if args.compile:
+    base.vae.decoder.compile(fullgraph=True, dynamic=False)
 weights = {name: m.trained(net) for name, net in nets.items()}
 rates = dict(student=args.student_lr, fake=args.fake_lr, heads=args.heads_lr)
-adamw = dict(betas=(.9, .999), weight_decay=.01, fused=device.type == 'cuda')
-opts = {}                                                    # each rank has a share of the moments
+opts = {}
 for name, named in weights.items():
-    opts[name] = ZeroRedundancyOptimizer(
-        list(named.values()), torch.optim.AdamW, lr=rates[name], **adamw)
+    opts[name] = torch.optim.AdamW(
+        named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
 # --------------------------------------------------------------------------------------------------
 
 m.load_state(state, weights, opts)
 
-# -- ranks and split -------------------------------------------------------------------------------
-if args.compile:
-    for net in (base.teacher, base.vae.decoder, *nets.values()):
-        net.compile(fullgraph=True, dynamic=False)
-# as the loop calls them: gradients are averaged over ranks
-student = m.parallel(nets['student'], device)
-fake = m.parallel(nets['fake'], device)
-heads = m.parallel(nets.get('heads'), device)
+# -- split -----------------------------------------------------------------------------------------
 # the student's steps, by SNR: SDXL 999, 749, 499 | 249, SD3 1000, 900, 750 | 500
 S = args.steps
 steps = schedule.steps(S).to(device)
@@ -211,16 +230,14 @@ grid_noise = grid_noise.to(device)
 loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}')
     print(f'{count:.1f} M trained parameters, steps '
-          f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}, from '
-          f'iteration {start}')
+          f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}')
     print(pictures.said)
     shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
     print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
-    if args.sample_every:
-        with torch.compiler.set_stance('force_eager'):          # compiled graphs are of --micro
-            teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg)
+if args.sample_every:
+    with torch.compiler.set_stance('force_eager'):
+        teacher_row = base.teacher_samples(prompts, grid_noise[:, 0], 50, args.cfg, args.micro)
 
 # -- pieces of an iteration ------------------------------------------------------------------------
 
@@ -234,7 +251,6 @@ def micro_batches(it, rows):
         normals = eps[j].to(device)
         u_tau, u_adv, u_fake, u_D = u[j].to(device).unbind(1)
         b = SimpleNamespace(y=[v[j] for v in y], real=rows['pixels'][j].to(device))
-        b.last = j.stop == len(mine)                   # ranks exchange gradients in it
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
         b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:].unbind(1)
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
@@ -290,12 +306,12 @@ for it in range(start, args.iters + 1):
     faulthandler.dump_traceback_later(60 * args.timeout, exit=True)
     # all ranks leave after the same iteration, whichever was told to
     stop = m.any_rank(told, device) or it == args.iters
-    if rank == 0 and args.sample_every and (it % args.sample_every == 0 or it == args.iters):
-        with torch.compiler.set_stance('force_eager'), torch.no_grad():    # graphs are of --micro
-            y = base.encode(prompts)
-            z = m.backward_simulation(base, nets['student'], steps, grid_noise, y)
-            rows = [teacher_row, base.decode(z)]
-            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png', ['teacher: ', 'student: '])
+    if args.sample_every and (it % args.sample_every == 0 or it == args.iters):
+        with torch.compiler.set_stance('force_eager'):       # graphs are of --micro, not of the rest
+            row = m.student_pictures(base, student, steps, prompts, grid_noise, args.micro)
+        if rank == 0:
+            m.picture_grid([teacher_row, row], prompts, out / f'samples-{it:07d}.png',
+                           ['teacher: ', 'student: '])
     if it > start and (it % args.save_every == 0 or stop):
         # the recipe tells stage 2 and evaluate.py which defaults are theirs
         facts = dict(base_model=args.model, recipe=recipe.removesuffix('-dmd2'), iteration=it,
@@ -319,7 +335,7 @@ for it in range(start, args.iters + 1):
     l = pick(low, it, 2) if args.split else s
     norms = []
     for b in batches:
-        with m.sync(student, b.last), torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learns):
             # 1. high noise: the student's sample at its step s
             x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
             x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
@@ -375,30 +391,29 @@ for it in range(start, args.iters + 1):
                 psi.lerp_(weights['student'][name], 1 - args.couple)
 
     for b in batches:
-        with m.sync(fake, b.last), m.sync(heads, b.last):
             # 4. the fake score learns the student's samples, eq. 6
-            x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
-            target = schedule.target(b.x0, b.eps_fake, b.t_fake)
-            L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
-            log('fake', L)
+        x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
+        target = schedule.target(b.x0, b.eps_fake, b.t_fake)
+        L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
+        log('fake', L)
 
             # 5. the discriminator tells real from generated, eq. 8
-            if gan:
-                real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
-                eps = torch.cat([b.eps_real, b.eps_made])
-                y = [torch.cat([v, v]) for v in b.y]
-                logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
-                real, made = logits.chunk(2)
-                if args.gan == 'pixel':
-                    L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
-                    L = L + L_D
-                else:                # DMD2's D is the fake score's own half: it gets a small weight
-                    L_D = F.softplus(-real).mean() + F.softplus(made).mean()
-                    L = L + 1e-2 * L_D
-                log('gan/d', L_D)
-                log('gan/real', real.mean())
-                log('gan/made', made.mean())
-            (L / n).backward()                         # gradients add up over micro-batches
+        if gan:
+            real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
+            eps = torch.cat([b.eps_real, b.eps_made])
+            y = [torch.cat([v, v]) for v in b.y]
+            logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
+            real, made = logits.chunk(2)
+            if args.gan == 'pixel':
+                L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+                L = L + L_D
+            else:                    # DMD2's D is the fake score's own half: it gets a small weight
+                L_D = F.softplus(-real).mean() + F.softplus(made).mean()
+                L = L + 1e-2 * L_D
+            log('gan/d', L_D)
+            log('gan/real', real.mean())
+            log('gan/made', made.mean())
+        (L / n).backward()                             # gradients add up over micro-batches
     # None where a gradient was not finite and the update was dropped, on all ranks alike
     norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']
     # ----------------------------------------------------------------------------------------------
@@ -412,6 +427,12 @@ trouble = log.trouble()
 if rank == 0 and it < args.iters:
     where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
     print(f'told to stop (SIGTERM) after iteration {it}, {where}')
+elif args.check:
+    most = max(m.gathered(m.peak(device)))
+    if rank == 0:
+        m.remove(out)
+        print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '
+              f'{planned:.1f} planned; {out} is removed')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '

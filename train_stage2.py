@@ -24,11 +24,11 @@ import json
 import math
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import model as m
 import rewards as R
@@ -77,8 +77,8 @@ flag = p.add_argument
 flag('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's")
 flag('--init', default='',
      help='run of stage 1, or a student; empty: out/stage1 (-RECIPE), else the shipped one')
-flag('--out', help='folder of the run; the same command resumes. Default: out/stage2, or with a '
-     "recipe that is not this machine's own out/stage2-RECIPE")
+flag('--out', help='folder of the run; the same command resumes. Default: out/stage2, or with '
+     '--recipe out/stage2-RECIPE')
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
@@ -114,6 +114,8 @@ flag('--heads_lr', type=float, help='AdamW learning rate of the discriminator he
 flag('--warmup', type=int, default=0, help='iterations of linear learning-rate warm-up')
 flag('--cooldown', type=int, default=0, help='last iterations, in which they fall linearly to 0')
 flag('--checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
+flag('--cpu_offload', action=yes_no, default=False,
+     help='weights that are trained and their moments wait in main memory; without --lora')
 flag('--compile', action=yes_no, default=False, help='torch.compile for all but text encoders')
 flag('--seed', type=int, default=0, help='seed of the run')
 flag('--save_every', type=int, default=250, help='iterations between saves')
@@ -123,6 +125,9 @@ flag('--sample_every', type=int, default=250, help='iterations between sample gr
 flag('--log_every', type=int, default=1, help='iterations between log lines')
 flag('--timeout', type=float, default=30., help='minutes that an iteration may take at most')
 flag('--disk_full', choices=['stop', 'skip'], default='stop', help='if a save finds no room')
+flag('--force', action=yes_no, default=False, help='begin although the plan does not fit')
+flag('--check', action=yes_no, default=False,
+     help='the plan, one iteration and one save in OUT-check, what they took; nothing is kept')
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # -- flags of the preference updates ---------------------------------------------------------------
 flag('--reward', choices=['latent', *R.SCORES], default='latent',
@@ -161,7 +166,7 @@ with m.sentence(f'--init: {file} is damaged; choose another --init'):
     handed = {name: handed[name] for name in HANDED if name in handed}
     odd = [name for name, value in handed.items() if isinstance(value, (list, dict))]
     assert not odd, f'{odd} cannot be'
-p.set_defaults(**RECIPES[recipe], out=m.default_out(2, recipe))
+p.set_defaults(**RECIPES[recipe], out=m.default_out(2, chosen.recipe))
 if adapters['rank']:
     p.set_defaults(**LORA_RATES.get(recipe, {}))
 p.set_defaults(
@@ -173,6 +178,9 @@ m.give_way(p, 'data', 'data_files', 'image_column', 'text_column', 'real', 'real
 m.give_way(p, 'real', 'real_files')
 args = p.parse_args()
 args.recipe, args.init = recipe, str(folder)
+if args.check:                               # a distillation and a preference update
+    args.out, args.iters, args.log_every = f'{args.out}-check', 2, 1
+    args.critic_warmup = 0
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
            rl_lr=0)
 if args.clamp >= 1:
@@ -187,15 +195,23 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
+if args.cpu_offload and args.lora:
+    m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
 if args.batch % (world * args.micro):
     m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
+if args.check and rank == 0:
+    m.remove(Path(args.out))
+m.dist.barrier()
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
 state = m.find_state(out, args)
 start = m.iteration_of(state)
+if rank == 0:
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration {start}')
+planned = m.plan(args, out, device)
 began = time.time()
 told = []                                      # SIGTERM: the iteration is finished, then a save
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
@@ -214,40 +230,40 @@ m.load_trained(nets['fake'], m.trained(nets['student']))
 gan = args.gan != 'none'
 if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
-    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing).to(device)
+    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing)
 elif args.gan == 'latent':
     *_, bottleneck = base.channels(base.teacher)
-    nets['heads'] = m.Head(bottleneck).to(device)
+    nets['heads'] = m.Head(bottleneck)
 if args.checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
+# as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
+# teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP)
+how = dict(shard=not lora and (world > 1 or args.cpu_offload), cpu_offload=args.cpu_offload,
+           compiled=args.compile)
+student = m.parallel(nets['student'], device, **how)
+fake = m.parallel(nets['fake'], device, **how)
+heads = m.parallel(nets.get('heads'), device, compiled=args.compile)
+m.parallel(base.teacher, device, **how)
+if args.compile:
+    base.vae.decoder.compile(fullgraph=True, dynamic=False)
 weights = {name: m.trained(net) for name, net in nets.items()}
 rates = dict(student=args.student_lr, fake=args.fake_lr, heads=args.heads_lr)
-adamw = dict(betas=(.9, .999), weight_decay=.01, fused=device.type == 'cuda')
-opts = {}                                                    # each rank has a share of the moments
+opts = {}
 for name, named in weights.items():
-    opts[name] = ZeroRedundancyOptimizer(
-        list(named.values()), torch.optim.AdamW, lr=rates[name], **adamw)
+    opts[name] = torch.optim.AdamW(
+        named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
 # --------------------------------------------------------------------------------------------------
 
 # stage 1's networks as it left them; the reference is its student, to the bit: first ratios are 1
 inherited = m.newest_state(folder.parent, '--init', own=False)
 inherited = m.load_state(inherited, weights, opts, partly=True)
 if 'student' not in inherited:
-    m.restore_student(nets['student'], folder, lora)
-reference = m.twin(nets['student'], base.teacher.dtype).requires_grad_(False)
-if args.compile:
-    reference.compile(fullgraph=True, dynamic=False)
+    m.restore_student(base, nets['student'], folder, lora)
+reference = m.frozen_copy(base, nets['student'], args.compile)
 m.load_state(state, weights, opts)
 
-# -- ranks and split -------------------------------------------------------------------------------
-if args.compile:
-    for net in (base.teacher, base.vae.decoder, *nets.values()):
-        net.compile(fullgraph=True, dynamic=False)
-# as the loop calls them: gradients are averaged over ranks
-student = m.parallel(nets['student'], device)
-fake = m.parallel(nets['fake'], device)
-heads = m.parallel(nets.get('heads'), device)
+# -- split -----------------------------------------------------------------------------------------
 # the student's steps, by SNR: SDXL 999, 749, 499 | 249, SD3 1000, 900, 750 | 500
 S = args.steps
 steps = schedule.steps(S).to(device)
@@ -320,14 +336,13 @@ loader = pictures.batches(
     mine, args.batch, filter(distils, range(start, args.iters)), args.workers)
 rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
 if rank == 0:
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from {folder}, '
-          f'iteration {origin["iteration"]}; weights and moments of its state: '
+    print(f'from {folder}, iteration {origin["iteration"]}; weights and moments of its state: '
           f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
     print(pictures.said)
     print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
     print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
           f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
-          f'discriminator alone, from iteration {start}')
+          'discriminator alone')
 
 # --------------------------------------------------------------------------------------------------
 # evaluations
@@ -352,15 +367,16 @@ def evaluate(it):
     JSON line in eval.jsonl. Every rank draws its share."""
     for net in waiting:
         net.to(device)
-    own = range(rank, len(watched), world)
+    # as many on every rank, some twice: the student may be sharded
+    own = [i % len(watched) for i in range(rank, -(-len(watched) // world) * world, world)]
     found = {}
     for k in range(0, len(own), args.micro):
         index = own[k:k + args.micro]
         texts = [watched[i] for i in index]
         noise, _ = m.draw(args.seed, 1, index, (S + 1, *base.latent_shape))
         noise = noise.to(device)
-        z = m.backward_simulation(base, nets['student'], steps, noise, base.encode(texts))
-        x = (base.decode(z) / 2 + .5).clamp(0, 1)                                   # (b, 3, H, W)
+        z = m.backward_simulation(base, student, steps, noise, base.encode(texts))
+        x = (base.pictures(z) / 2 + .5).clamp(0, 1)                                   # (b, 3, H, W)
         t = steps[-1].expand(len(z))
         scores = dict(reward=reward(schedule.noised(z, noise[:, -1], t), t, texts))
         scores['brightness'] = x.mean((1, 2, 3))
@@ -400,7 +416,6 @@ def micro_batches(it, rows):
         normals = eps[j].to(device)
         u_tau, u_adv, u_fake, u_D = u[j].to(device).unbind(1)
         b = SimpleNamespace(y=[v[j] for v in y], real=rows['pixels'][j].to(device))
-        b.last = j.stop == len(mine)                   # ranks exchange gradients in it
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
         b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:].unbind(1)
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
@@ -469,12 +484,13 @@ for it in range(start, args.iters + 1):
     faulthandler.dump_traceback_later(60 * args.timeout, exit=True)
     # all ranks leave after the same iteration, whichever was told to
     stop = m.any_rank(told, device) or it == args.iters
-    if rank == 0 and args.sample_every and (it % args.sample_every == 0 or it == args.iters):
-        with torch.compiler.set_stance('force_eager'), torch.no_grad():    # graphs are of --micro
-            y = base.encode(prompts)
-            rows = [base.decode(m.backward_simulation(base, net, steps, grid_noise, y))
-                    for net in (reference, nets['student'])]
-            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png', ['stage 1: ', 'stage 2: '])
+    if args.sample_every and (it % args.sample_every == 0 or it == args.iters):
+        with torch.compiler.set_stance('force_eager'):       # graphs are of --micro, not of the rest
+            rows = [m.student_pictures(base, net, steps, prompts, grid_noise, args.micro)
+                    for net in (reference, student)]
+        if rank == 0:
+            m.picture_grid(rows, prompts, out / f'samples-{it:07d}.png',
+                           ['stage 1: ', 'stage 2: '])
     if args.eval_every and (it % args.eval_every == 0 or it == args.iters):
         with torch.compiler.set_stance('force_eager'):
             evaluate(it)
@@ -504,28 +520,27 @@ for it in range(start, args.iters + 1):
             j = slice(k, k + args.micro)
             y_j = [v[j] for v in y]
             eps_steps, eps_next = eps[j].to(device).split([S, args.candidates], 1)
-            with m.sync(student, k + args.micro == len(mine)):
-                z_s, t_s = m.reach(base, student, steps, eps_steps, y_j, s)
-                x0 = base.x0(student, z_s, t_s, y_j)                                # (b, C, h, w)
-                with torch.no_grad():
-                    x_ref = base.x0(reference, z_s, t_s, y_j)
-                    z = a * x0[:, None] + sigma * eps_next                       # (b, K, C, h, w)
-                    each = [text for text in texts[j] for _ in range(args.candidates)]
-                    r = reward(z.flatten(0, 1), t_next.expand(len(each)), each).view(z.shape[:2])
-                    w = z[torch.arange(len(z)), r.argmax(1)]                        # (b, C, h, w)
-                    l = z[torch.arange(len(z)), r.argmin(1)]
+            z_s, t_s = m.reach(base, student, steps, eps_steps, y_j, s)
+            x0 = base.x0(student, z_s, t_s, y_j)                                    # (b, C, h, w)
+            with torch.no_grad():
+                x_ref = base.x0(reference, z_s, t_s, y_j)
+                z = a * x0[:, None] + sigma * eps_next                           # (b, K, C, h, w)
+                each = [text for text in texts[j] for _ in range(args.candidates)]
+                r = reward(z.flatten(0, 1), t_next.expand(len(each)), each).view(z.shape[:2])
+                w = z[torch.arange(len(z)), r.argmax(1)]                            # (b, C, h, w)
+                l = z[torch.arange(len(z)), r.argmin(1)]
                     # a group with a NaN among its rewards teaches nothing
-                    sound = r.isfinite().all(1)
+                sound = r.isfinite().all(1)
 
                 # eq. 12-13: H = log p(w) / p_ref(w) - log p(l) / p_ref(l). Both have the mean a x0,
                 # so the squares cancel and what is left is linear in x0
-                H = (a * (x0 - x_ref) * (w - l) / sigma ** 2).mean((1, 2, 3))       # (b,), 0 first
-                if args.clamp:
-                    least, most = math.log(1 - args.clamp), math.log(1 + args.clamp)
-                    H = (log_ratio(w, x0, x_ref, a, sigma).clamp(least, most)
-                         - log_ratio(l, x0, x_ref, a, sigma).clamp(least, most))
-                L = torch.where(sound, -F.logsigmoid(args.beta * H), 0.).mean()
-                (L / n).backward()
+            H = (a * (x0 - x_ref) * (w - l) / sigma ** 2).mean((1, 2, 3))           # (b,), 0 first
+            if args.clamp:
+                least, most = math.log(1 - args.clamp), math.log(1 + args.clamp)
+                H = (log_ratio(w, x0, x_ref, a, sigma).clamp(least, most)
+                     - log_ratio(l, x0, x_ref, a, sigma).clamp(least, most))
+            L = torch.where(sound, -F.logsigmoid(args.beta * H), 0.).mean()
+            (L / n).backward()
             r = r.masked_fill(~sound[:, None], 0.)
             log('rl/loss', L)
             log('rl/ratio', H.exp().mean())
@@ -549,7 +564,7 @@ for it in range(start, args.iters + 1):
     l = pick(low, it, 2) if args.split else s
     norms = []
     for b in batches:
-        with m.sync(student, b.last), torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learns):
             # 1. high noise: the student's sample at its step s
             x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
             x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
@@ -605,30 +620,29 @@ for it in range(start, args.iters + 1):
                 psi.lerp_(weights['student'][name], 1 - args.couple)
 
     for b in batches:
-        with m.sync(fake, b.last), m.sync(heads, b.last):
             # 4. the fake score learns the student's samples, eq. 6
-            x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
-            target = schedule.target(b.x0, b.eps_fake, b.t_fake)
-            L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
-            log('fake', L)
+        x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
+        target = schedule.target(b.x0, b.eps_fake, b.t_fake)
+        L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
+        log('fake', L)
 
             # 5. the discriminator tells real from generated, eq. 8
-            if gan:
-                real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
-                eps = torch.cat([b.eps_real, b.eps_made])
-                y = [torch.cat([v, v]) for v in b.y]
-                logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
-                real, made = logits.chunk(2)
-                if args.gan == 'pixel':
-                    L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
-                    L = L + L_D
-                else:                # DMD2's D is the fake score's own half: it gets a small weight
-                    L_D = F.softplus(-real).mean() + F.softplus(made).mean()
-                    L = L + 1e-2 * L_D
-                log('gan/d', L_D)
-                log('gan/real', real.mean())
-                log('gan/made', made.mean())
-            (L / n).backward()                         # gradients add up over micro-batches
+        if gan:
+            real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
+            eps = torch.cat([b.eps_real, b.eps_made])
+            y = [torch.cat([v, v]) for v in b.y]
+            logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
+            real, made = logits.chunk(2)
+            if args.gan == 'pixel':
+                L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+                L = L + L_D
+            else:                    # DMD2's D is the fake score's own half: it gets a small weight
+                L_D = F.softplus(-real).mean() + F.softplus(made).mean()
+                L = L + 1e-2 * L_D
+            log('gan/d', L_D)
+            log('gan/real', real.mean())
+            log('gan/made', made.mean())
+        (L / n).backward()                             # gradients add up over micro-batches
     # None where a gradient was not finite and the update was dropped, on all ranks alike
     norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']
     # ----------------------------------------------------------------------------------------------
@@ -642,6 +656,12 @@ trouble = log.trouble()
 if rank == 0 and it < args.iters:
     where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
     print(f'told to stop (SIGTERM) after iteration {it}, {where}')
+elif args.check:
+    most = max(m.gathered(m.peak(device)))
+    if rank == 0:
+        m.remove(out)
+        print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '
+              f'{planned:.1f} planned; {out} is removed')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '

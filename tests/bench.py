@@ -4,8 +4,10 @@ Speed and memory of training and of evaluation.
     python tests/bench.py            # the toy on the CPU; with CUDA SDXL's size, random weights
     python tests/bench.py --only evaluate
 
-memory    GB on one GPU at 1024 px and --micro 1, computed: parameters are counted, activations are
-          those of a student update's passes on meta tensors, with gradient checkpointing
+memory    GB on each card at 1024 px by the arithmetic of the scripts' plan (model.gigabytes), and
+          the sizes in it counted anew on meta tensors: parameters, activations, decoding
+ranks     a UNet of 304 M random parameters on all ranks, under torchrun or alone: main memory at rest
+          and at most beside the arithmetic, and CPU seconds of rank 0 in a save
 work      TFLOP of an iteration at 1024 px and of drawing a picture, counted on meta tensors
 train     seconds per iteration of train_stage1.py, started as a user would, beside the sum of the
           network passes that it cannot avoid, timed one by one (goal: ratio <= 1.05)
@@ -17,6 +19,7 @@ evaluate  pictures per second of evaluate.py on the toy: drawing, each score, an
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -164,14 +167,16 @@ class Flash(torch.autograd.Function):
     def backward(ctx, gradient):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
-def activations(family, lora, crop, n):
+def activations(family, lora=0, crop=1024, n=1, checkpointing=True, gan=True):
     """GB at the peak of one student update of n samples beyond the weights: the passes of
     train_stage1.py's steps 1 to 3, on the meta device."""
     base, _ = meta_base(family)
     disc = meta_heads()
     student = meta_student(base, lora).to(torch.bfloat16)
-    student.enable_gradient_checkpointing()
-    base.vae.enable_gradient_checkpointing()
+    disc.checkpointing = checkpointing
+    if checkpointing:
+        student.enable_gradient_checkpointing()
+        base.vae.enable_gradient_checkpointing()
     x = torch.empty(n, *base.latent_shape, dtype=torch.bfloat16, device='meta')
     t = torch.full((n,), 500., device='meta')
     y = [v.repeat_interleave(n, 0) for v in base.uncond]
@@ -186,70 +191,138 @@ def activations(family, lora, crop, n):
         z = base.x0(student, x, t, y)
         with torch.no_grad():
             base.x0(base.teacher, x, t, y, 7.)
-        leaf = z.detach().requires_grad_()
-        logits = disc(base.decode(leaf[..., :crop // 8, :crop // 8]))
-        push, = torch.autograd.grad(logits.mean(), leaf)
+        push = torch.zeros_like(z)
+        if gan:
+            leaf = z.detach().requires_grad_()
+            logits = disc(base.decode(leaf[..., :crop // 8, :crop // 8]))
+            push, = torch.autograd.grad(logits.mean(), leaf)
         torch.autograd.backward([x0, z], [push, push])
     return live.most / 1e9
 
-def memory(args):
-    """Prints the table of GB per GPU, and below it what stage 2 holds beyond stage 1."""
-    print('| | GPUs | frozen networks | student, fake score, optimisers | activations | GB | with '
-          '`--gan_crop 512` |\n|---|---|---|---|---|---|---|')
-    heads = meta_heads()
-    for label, family, lora, worlds in [
-            ('SDXL, all weights', 'sdxl', 0, (1, 2, 4, 8)),
-            ('SDXL, all weights, `--micro 2`', 'sdxl', 0, (8,)),
-            ('SDXL, `--lora 64`', 'sdxl', 64, (1,)),
-            ('SD3-Medium, `--lora 64`', 'sd3', 64, (1,)),
-            ('SD3-Medium, `--lora 64 --no-t5`', 'sd3', 64, (1,)),
-            ('SD3-Medium, `--lora 64 --offload`', 'sd3', 64, (1,))]:
-        base, texts = meta_base(family)
-        if 'no-t5' in label:
-            del texts['text_encoder_3']
-        n = count(base.teacher)
-        # bf16 teacher and text encoders, fp32 VAE and SAM; of all weights also autocast's bf16 copy
-        # of the student
-        frozen = 2 * n + 4 * count(base.vae) + 4 * count(heads)
-        if 'offload' not in label:
-            frozen += 2 * count(*texts.values())
-        if not lora:
-            frozen += 2 * n
-        own = sum(w.numel() for w in m.trained(meta_student(base, lora)).values())
-        samples = 2 if 'micro 2' in label else 1
-        whole, crop = (activations(family, lora, side, samples) for side in (1024, 512))
-        for world in worlds:
-            # weights and gradients, and a share of the two moments; all three of the heads
-            trained = 2 * own * (8 + 8 / world) + 12 * count(heads.heads)
-            total = (frozen + trained) / 1e9
-            print(f'| {label} | {world} | {frozen / 1e9:.1f} | {trained / 1e9:.1f} | {whole:.1f} | '
-                  f'{total + whole:.1f} | {total + crop:.1f} |', flush=True)
-    stage_2()
+def settings(family, **flags):
+    """A training script's settings, as far as model.gigabytes reads them."""
+    flags = dict(recipe=family, model='hub/id', lora=0, micro=1, t5=None, offload=False, gan='pixel',
+                 gan_crop=0, checkpointing=True, cpu_offload=False, save_dtype='float16') | flags
+    return argparse.Namespace(**flags)
 
-def stage_2():
-    """Prints GB of the reference of all weights, of rewards, and of an evaluation's networks."""
-    from transformers import CLIPConfig, CLIPModel
-    base, texts = meta_base('sdxl')
-    reference = count(base.teacher)
+def memory(args):
+    """Prints the table of GB on each card, and the sizes in it beside what is counted."""
+    print('| | cards | frozen | trained | activations | GB | with `--gan_crop 512` | GB of a state |'
+          '\n|---|---|---|---|---|---|---|---|')
+    for label, family, flags, worlds in [
+            ('SDXL, all weights', 'sdxl', {}, (1, 2, 4, 8, 16)),
+            ('SDXL, all weights, `--micro 2`', 'sdxl', dict(micro=2), (2, 4, 8)),
+            ('SDXL, all weights, `--micro 4`', 'sdxl', dict(micro=4), (8,)),
+            ('SDXL, all weights, `--cpu_offload`', 'sdxl', dict(cpu_offload=True), (1,)),
+            ('SDXL, stage 2', 'sdxl', dict(rl_ratio=5, reward='latent'), (8,)),
+            ('SDXL, `--lora 64`', 'sdxl', dict(lora=64), (1,)),
+            ('SD3-Medium, `--lora 64`', 'sd3', dict(lora=64), (1,)),
+            ('SD3-Medium, `--lora 64 --no-t5`', 'sd3', dict(lora=64, t5=False), (1,)),
+            ('SD3-Medium, `--lora 64 --offload`', 'sd3', dict(lora=64, offload=True), (1,)),
+            ('SD3-Medium, all weights', 'sd3', {}, (8,))]:
+        for world in worlds:
+            need, cut = (m.gigabytes(settings(family, gan_crop=crop, **flags), world, world, True)
+                         for crop in (0, 512))
+            held = need['frozen'] + need['trained']
+            print(f'| {label} | {world} | {need["frozen"]:.1f} | {need["trained"]:.1f} | '
+                  f'{need["activations"]:.1f} | {held + need["activations"]:.1f} | '
+                  f'{held + cut["activations"]:.1f} | {need["state"]:.1f} |')
+    for name, used, counted in sizes():
+        print(f'{name:46s} {used:8.3f} {counted:8.3f}', flush=True)
+
+def sizes():
+    """(name, as model.gigabytes has it, counted), in 1e9 parameters or GB; an iterator."""
+    for family, lora in ('sdxl', 0), ('sd3', 64):
+        size = m.SIZES[family]
+        base, texts = meta_base(family)
+        yield f'{family}: network', size['net'] / 1e9, count(base.teacher) / 1e9
+        yield f'{family}: VAE', m.VAE / 1e9, count(base.vae) / 1e9
+        t5 = count(texts.pop('text_encoder_3')) if 'text_encoder_3' in texts else 0
+        yield f'{family}: T5', size['t5'] / 1e9, t5 / 1e9
+        yield f'{family}: text encoders', size['texts'] / 1e9, count(*texts.values()) / 1e9
+        own = sum(w.numel() for w in m.trained(meta_student(base, 64)).values())
+        yield f'{family}: adapters of rank 64', size['adapters'] * 64 / 1e9, own / 1e9
+        for crop, n, checkpointing, gan in [
+                (1024, 1, True, 'pixel'), (512, 1, True, 'pixel'), (512, 2, True, 'pixel'),
+                (1024, 1, False, 'pixel'), (1024, 1, True, 'none')]:
+            flags = settings(family, lora=lora, gan_crop=crop, micro=n, gan=gan,
+                             checkpointing=checkpointing)
+            used = m.gigabytes(flags, 1, 1, True)['activations']
+            found = activations(family, lora, crop, n, checkpointing, gan == 'pixel')
+            found = max(found, m.LOOK + .4 * n)               # of a sample grid
+            yield (f'{family}: {gan} {crop} px, micro {n}, '
+                   f'{"" if checkpointing else "no "}checkpointing', used, found)
+    heads = meta_heads()
+    yield "SAM's vit_b", m.SAM / 1e9, count(heads.encoder) / 1e9
+    yield 'its heads', m.HEADS / 1e9, count(heads.heads) / 1e9
+    base, _ = meta_base('sdxl')
+    with Live([*base.vae.parameters()]) as live, torch.no_grad():
+        base.decode(torch.empty(1, *base.latent_shape, device='meta'))
+    yield 'decoding a picture, fp32', m.LOOK, live.most / 1e9
+    # of FSDP2: the root, three layers, a layer's gradient in bf16 and its reduction in fp32
+    layers = [count(layer) for layer in base.teacher.modules() if type(layer).__name__ in m.BLOCKS]
+    root = count(base.teacher) - sum(layers)
+    flight = 2 * (root + 3 * max(layers)) + 2 * max(layers) + 4 * max(layers)
+    yield 'layers in flight', m.FLIGHT, flight / 1e9
     for name in base.second_half:
         setattr(base.teacher, name, None)
-    lrm = count(base.teacher, *texts.values())
-    clips = []
-    for text, layers, width, deep in (1024, 24, 1280, 32), (768, 12, 1024, 24):
-        vision = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=deep,
-                      num_attention_heads=16, patch_size=14)
-        with torch.device('meta'):
-            clips.append(CLIPModel(CLIPConfig(
-                projection_dim=text, text_config=clip_text(text, layers).to_dict(),
-                vision_config=vision)))
-    base, _ = meta_base('sd3')
-    with Live([*base.vae.parameters()]) as live, torch.no_grad():
-        # in fp32; autocast makes it less
-        base.decode(torch.empty(1, *base.latent_shape, device='meta'))
-    pick, large = (4 * count(clip) / 1e9 for clip in clips)
-    print(f'\nstage 2: bf16 reference of SDXL {2 * reference / 1e9:.1f}, bf16 latent reward '
-          f'{2 * lrm / 1e9:.1f}, PickScore {pick:.1f}, CLIP-L of the evaluations {large:.1f}, '
-          f'decoding a candidate {live.most / 1e9:.1f}')
+    _, texts = meta_base('sdxl')
+    yield 'latent reward, bf16', 4.1, 2 * count(base.teacher, *texts.values()) / 1e9
+
+def held(what):
+    """A figure of this process's main memory in GB: VmRSS, now, or VmHWM, at most."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith(what))
+
+def ranks(args):
+    """Prints a rank's main memory at rest, after a backward pass and at most, beside the arithmetic
+    of the plan, and rank 0's CPU seconds in a save."""
+    from diffusers import UNet2DConditionModel
+    rank, world, where = m.launch(5)
+    shape = dict(UNET, block_out_channels=(160, 320, 640), attention_head_dim=[5, 10, 20],
+                 sample_size=8, cross_attention_dim=64, addition_time_embed_dim=8,
+                 projection_class_embeddings_input_dim=112, transformer_layers_per_block=[1, 2, 4])
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 64)
+    extra = dict(text_embeds=torch.randn(1, 64), time_ids=torch.zeros(1, 6))
+
+    def learn(net):
+        net(x, timestep=torch.tensor([500.]), encoder_hidden_states=y,
+            added_cond_kwargs=extra).sample.square().mean().backward()
+
+    small = UNet2DConditionModel(**dict(shape, block_out_channels=(32, 32, 32)))
+    learn(small)                                            # libraries take their own memory first
+    before = held('VmRSS')
+    net = UNet2DConditionModel(**shape)
+    n, layers = count(net), [count(layer) for layer in net.modules()
+                             if type(layer).__name__ in m.BLOCKS]
+    wrapped = m.parallel(net, where, shard=world > 1)
+    weights = dict(student=m.trained(net))
+    opts = dict(student=torch.optim.AdamW(weights['student'].values(), lr=1e-5, fused=True))
+    found = []
+    for _ in range(3):
+        gc.collect()
+        Path('/proc/self/clear_refs').write_text('5')
+        learn(wrapped)
+        after = held('VmRSS')
+        m.update(opts['student'], net)
+        found = [held('VmRSS') - before, after - before, held('VmHWM') - before]
+    gathered = 4 * (n - sum(layers) + 5 * max(layers)) if world > 1 else 0
+    # DDP's buckets stay; gradients of FSDP2 go with the update
+    plan = [(16 if world == 1 else 12) * n / world, 16 * n / world, 16 * n / world + gathered]
+    plan = [size / 1e9 for size in plan]
+    out = args.work / 'ranks'
+    shutil.rmtree(out, ignore_errors=True)
+    m.dist.barrier()
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.process_time()
+    m.save_state(out, 1, settings('sdxl', iters=1, disk_full='stop'), weights, opts, False,
+                 lambda: m.whole_on_rank_0(net.state_dict(), torch.float16))
+    if rank == 0:
+        for name, a, b in zip(('at rest', 'after backward', 'at most'), found, plan):
+            print(f'{world} ranks, {n / 1e6:.0f} M, {name:16s} {a:.2f} GB, computed {b:.2f}')
+        print(f'CPU seconds of rank 0 in a save: {time.process_time() - began:.2f}')
+    m.dist.destroy_process_group()
 
 # --------------------------------------------------------------------------------------------------
 # work and time
@@ -500,7 +573,8 @@ def evaluate(args):
 if __name__ == '__main__':
     p = m.parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
-    p.add_argument('--only', nargs='+', choices=['memory', 'work', 'train', 'sample', 'evaluate'],
+    p.add_argument('--only', nargs='+', choices=['memory', 'ranks', 'work', 'train', 'sample',
+                                                'evaluate'],
                    default=['train', 'sample', 'evaluate'], help='what to measure')
     p.add_argument('--family', choices=['sdxl', 'sd3'], default='sdxl',
                    help='which size to train with a CUDA device')

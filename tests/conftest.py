@@ -131,11 +131,17 @@ refused = inside                        # where the script is to say no, in one 
 # what a run leaves
 
 def weights(out, it):
-    """Every network's weights and every optimiser's moments of a saved state, one dict, by the keys
-    of its files, however many ranks wrote them."""
-    found = {}
+    """Every network's weights and every optimiser's moments of a saved state, one dict by the keys
+    of its files without their rows, put together from what each rank wrote."""
+    pieces = {}
     for file in (Path(out) / f'state-{it:07d}').glob('*.safetensors'):
-        found |= load_file(file)
+        for key, value in load_file(file).items():
+            name, row = key.split('@')
+            pieces.setdefault(name, []).append((int(row), value))
+    found = {}
+    for name, parts in pieces.items():
+        values = [value for _, value in sorted(parts, key=lambda part: part[0])]
+        found[name] = torch.cat(values) if values[0].ndim else values[0]
     return found
 
 def rows(out, name='log.jsonl'):
@@ -182,9 +188,16 @@ def toy():
     import model
     return model.load_base(ROOT / 'assets/toy/sdxl')
 
-@pytest.fixture
-def group():
+@contextlib.contextmanager
+def alone():
     """A process group of one, as a training script has it."""
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, '_exit', leave)
+        yield
     dist.destroy_process_group()
+
+@pytest.fixture
+def group():
+    with alone():
+        yield

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import model as m
 from bench import MMDIT, UNET, VAE_OF
-from conftest import ROOT, equal, far_from_one_step, inside, listing, refused, rows, start, weights
+from conftest import (
+    ROOT, alone, equal, far_from_one_step, inside, listing, refused, rows, start, weights)
 from test_math import bare, family, normal
 
 PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
@@ -113,8 +114,9 @@ def exported(base, folder, lora=None, student=None):
     """The pipeline that load_student makes of what save_student writes, fp32."""
     folder.mkdir(exist_ok=True)
     facts = dict(base_model=base.name, iteration=3, recipe='toy', prompts=['a star'])
-    m.save_student(folder / 'student', base, student or base.teacher, base.schedule.steps(4),
-                   'float32', facts, lora)
+    with alone():
+        m.save_student(folder / 'student', base, student or base.teacher, base.schedule.steps(4),
+                       'float32', facts, lora)
     found, facts = m.find_student(str(folder))
     pipe = m.load_student(found, facts, torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -270,7 +272,7 @@ def test_a_saved_lora_is_the_student_at_scale_one(base, tmp_path, alpha):
         assert torch.allclose(ours, base.predict(m.network_of(pipe), *at), atol=1e-4)
         assert (ours - base.predict(base.teacher, *at)).abs().max() > 1e-2
         again = base.trainable(lora)
-        m.restore_student(again, tmp_path / 'student', lora)
+        m.restore_student(base, again, tmp_path / 'student', lora)
         assert torch.allclose(base.predict(again, *at), ours, atol=1e-5)
     assert (facts['lora']['rank'], facts['lora']['alpha']) == (4, alpha)
     kept = json.loads((tmp_path / 'student/scheduler/scheduler_config.json').read_text())

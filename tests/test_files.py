@@ -6,6 +6,7 @@ Data, saved states, the exported student and the toy world's files.
 
 import argparse
 import ast
+import contextlib
 import inspect
 import io
 import itertools
@@ -26,8 +27,7 @@ import torch
 import torch.nn as nn
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from PIL import Image
-from safetensors.torch import save_file
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from safetensors.torch import load_file, save_file
 
 import make_toy
 import model as m
@@ -421,7 +421,7 @@ def pieces(seed=0, width=3):
     them."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(width, 7), nn.Linear(7, 3), nn.Linear(3, 2))
-    opt = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=.1)
+    opt = torch.optim.AdamW(net.parameters(), lr=.1)
     for _ in range(3):
         net(torch.randn(4, width)).square().mean().backward()
         m.update(opt, net)
@@ -433,7 +433,8 @@ def settings(**change):
     return argparse.Namespace(**own | change)
 
 def save(folder, it, weights, opts, **change):
-    m.save_state(folder, it, settings(**change), weights, opts, False, lambda: None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        m.save_state(folder, it, settings(**change), weights, opts, False, lambda: None)
 
 def test_a_state_comes_back_whole_and_the_last_two_stay(group, tmp_path):
     """What a kill left half-written is no state, and gone with the next save."""
@@ -458,8 +459,8 @@ def test_a_state_comes_back_whole_and_the_last_two_stay(group, tmp_path):
     assert m.iteration_of(None) == 0
 
 def test_a_state_has_plain_names(group, tmp_path):
-    """One file a rank, keys of network, kind and the weight's own name; and a network without an
-    optimiser is saved and restored as well."""
+    """One file a rank, keys of network, kind, the weight's own name and the row where a piece
+    begins; and a network without an optimiser is saved and restored as well."""
     net, named, opts = pieces()
     ema = {name: w.detach().clone() for name, w in named['student'].items()}
     save(tmp_path, 10, named | dict(ema=ema), opts)
@@ -472,6 +473,8 @@ def test_a_state_has_plain_names(group, tmp_path):
     assert state['iteration'] == 10
     assert state['args']['model'] == 'a'
     assert list(state['files']) == ['rank0.safetensors']
+    keys = load_file(tmp_path / 'state-0000010/rank0.safetensors').keys()
+    assert keys == {f'{key}@0' for key in saved}
     other, names, others = pieces(1)
     average = {name: torch.zeros_like(w) for name, w in ema.items()}
     state = tmp_path / 'state-0000010'
@@ -828,7 +831,8 @@ def same_sampler(schedule, few, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # the exported student
 
-def test_exported_student_is_the_same_sampler_in_plain_diffusers(toy, tmp_path, monkeypatch):
+def test_exported_student_is_the_same_sampler_in_plain_diffusers(
+        toy, group, tmp_path, monkeypatch):
     """DiffusionPipeline.from_pretrained on the saved folder, its own four steps, the same noise:
     our sampler's picture."""
     import diffusers.schedulers.scheduling_lcm as lcm

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.distributions import Normal
 
 import model as m
-from conftest import ROOT, inside, rows, weights
+from conftest import ROOT, alone, inside, rows, weights
 
 BETAS = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
 EPS = m.Schedule(EulerDiscreteScheduler(**BETAS))
@@ -234,7 +234,7 @@ def state_of(out, it, nets, **args):
     """Writes what a run would have saved at iteration `it` with these networks, without moments."""
     folder = out / f'state-{it:07d}'
     folder.mkdir(parents=True)
-    tensors = {f'{net}.weight/{name}': w.detach().contiguous()
+    tensors = {f'{net}.weight/{name}@0': w.detach().contiguous()
                for net in nets for name, w in m.trained(nets[net]).items()}
     file = folder / 'rank0.safetensors'
     save_file(tensors, file)
@@ -468,7 +468,8 @@ def test_the_gradient_of_a_preference_update_is_the_papers(case, tmp_path, monke
     facts = dict(base_model=f'assets/toy/{name}', recipe='toy', iteration=9, prompts=['a star'])
     steps = base.schedule.steps(4)
     (tmp_path / 'init').mkdir()
-    m.save_student(tmp_path / 'init/student', base, reference, steps, 'float32', facts, lora)
+    with alone():
+        m.save_student(tmp_path / 'init/student', base, reference, steps, 'float32', facts, lora)
     student = moved(copy.deepcopy(reference), 1, 1.)
     nets = dict(student=student, fake=reference)
 

@@ -6,6 +6,7 @@ workers, several machines. Twenty kills of either stage: python tests/kill.py
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -21,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import model as m
 from conftest import ENV, ROOT, equal, far_from_one_step, inside, rows, start, stay, weights
@@ -107,16 +108,28 @@ def two(tmp_path_factory):
 # the same result, any way
 
 def test_two_machines_are_one_process(one, two):
-    """And each rank holds about half of the optimisers' moments, and only rank 0 the weights."""
+    """And each rank writes about half of the weights and of the moments, none of them twice; the
+    student is diffusers' own class."""
     assert not far_from_one_step(weights(two, 4), weights(one, 4), weights(one, 2))
     shares = []
     for rank in range(2):
         tensors = load_file(two / f'state-0000004/rank{rank}.safetensors')
-        assert any('.weight/' in key for key in tensors) == (rank == 0)
-        shares.append({net: sum(v.nbytes for k, v in tensors.items() if k.startswith(f'{net}.exp'))
-                       for net in ('student', 'fake')})
-    for net, held in shares[0].items():
-        assert .4 < held / (held + shares[1][net]) < .6
+        held = {}
+        for key, value in tensors.items():
+            kind = key.split('/')[0]
+            held[kind] = held.get(kind, 0) + value.nbytes
+        shares.append(held)
+    whole = {}
+    for key, value in weights(one, 4).items():
+        kind = key.split('/')[0]
+        whole[kind] = whole.get(kind, 0) + value.nbytes
+    for kind in whole.keys() - {'student.step', 'fake.step'}:
+        assert sum(held[kind] for held in shares) == whole[kind]
+        assert .4 < shares[0][kind] / whole[kind] < .6
+    a, b = (json.loads((out / 'student/unet/config.json').read_text()) for out in (one, two))
+    assert a.pop('_name_or_path') and b.pop('_name_or_path')
+    assert a == b
+    assert a['_class_name'] == 'UNet2DConditionModel'
 
 def test_killed_under_max_restarts_is_uninterrupted(two, tmp_path):
     """torchrun --max-restarts: rank 1 dies in iteration 3 of its first life; both start again from
@@ -140,16 +153,16 @@ def meets(it, normals):
         assert equal(weights(two, it), weights(tmp_path / 'run', it))
     assert [row['iteration'] for row in rows(tmp_path / 'run')] == [1, 2, 3, 4]
 
-def ranks(world, work, *args):
-    """Runs work(rank, *args) on so many ranks, forks of this process, each in the group that
-    m.launch makes; returns their exit codes."""
+def ranks(world, work, *args, here=0):
+    """Runs work(rank, *args) on so many ranks, `here` of them on a machine, forks of this process,
+    each in the group that m.launch makes; returns their exit codes."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
 
     def begin(rank):
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+                           LOCAL_WORLD_SIZE=str(here or world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
         m.launch(1)
         work(rank, *args)
         torch.distributed.destroy_process_group()
@@ -163,36 +176,95 @@ def ranks(world, work, *args):
     return [process.exitcode for process in all_of_them]
 
 def two_steps(rank, folder, begin, end):
-    """Training from `begin` to `end`, two micro-batches in an iteration. Every rank sees the same,
-    so the mean over them is exact."""
+    """Training of a network whose weights are sharded and of one that is whole, from `begin` to
+    `end`, two micro-batches in an iteration. Every rank sees the same, so the mean is exact."""
     torch.manual_seed(begin)
-    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 2))
-    named = dict(student=m.trained(net))
-    opts = dict(student=ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=.1))
+    nets = {name: nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 2))
+            for name in ('student', 'heads')}
+    many = torch.distributed.get_world_size() > 1
+    called = [m.parallel(net, torch.device('cpu'), shard=many and name == 'student')
+              for name, net in nets.items()]
+    named = {name: m.trained(net) for name, net in nets.items()}
+    opts = {name: torch.optim.AdamW(w.values(), lr=.1) for name, w in named.items()}
     state = m.find_state(folder, settings())
     assert m.iteration_of(state) == begin
     m.load_state(state, named, opts)
-    ddp = m.parallel(net, torch.device('cpu'))
     for it in range(begin, end):
-        for last in (False, True):
-            x = torch.randn(4, 5, generator=m.generator(it, last))
-            with m.sync(ddp, last):
-                ddp(x).square().mean().backward()
-        m.update(opts['student'], net)
+        for k in range(2):
+            x = torch.randn(4, 5, generator=m.generator(it, k))
+            sum(net(x).square().mean() for net in called).backward()
+        for name, net in nets.items():
+            m.update(opts[name], net)
     m.save_state(folder, end, settings(), named, opts, False, lambda: None)
 
 def test_a_state_fits_any_number_of_ranks(tmp_path):
-    """A small network, two steps in each of three lives, of 2 ranks, of 4, of 1: bit for bit one
-    process in one life."""
-    for folder, lives in ('many', [(2, 0, 2), (4, 2, 4), (1, 4, 6)]), ('one', [(1, 0, 6)]):
+    """Small networks, two steps in each of four lives: of 2 ranks; of 4, more than the last layer
+    has rows; of 4 on two machines, where shares are repeated; of 1. As one process in one life."""
+    lives = [(2, 2, 0, 2), (4, 4, 2, 4), (4, 2, 4, 6), (1, 1, 6, 8)]
+    for folder, lives in ('many', lives), ('one', [(1, 1, 0, 8)]):
         (tmp_path / folder).mkdir()
-        for world, begin, end in lives:
-            assert ranks(world, two_steps, tmp_path / folder, begin, end) == [0] * world
+        for world, here, begin, end in lives:
+            codes = ranks(world, two_steps, tmp_path / folder, begin, end, here=here)
+            assert codes == [0] * world
             files = (tmp_path / folder / f'state-{end:07d}').glob('*.safetensors')
             assert len(list(files)) == world
-    alone, many = weights(tmp_path / 'one', 6), weights(tmp_path / 'many', 6)
-    assert len(alone) == 6 + 18
-    assert equal(alone, many)
+    alone, many = weights(tmp_path / 'one', 8), weights(tmp_path / 'many', 8)
+    assert len(alone) == 2 * (6 + 18)
+    assert alone.keys() == many.keys()
+    for key, value in alone.items():
+        assert torch.allclose(many[key], value, rtol=1e-5, atol=1e-7), key
+
+def sharded(rank, folder):
+    """What must hold of networks under FSDP2, on the toy UNet; bf16 gathers, as on CUDA."""
+    base = m.load_base(ROOT / 'assets/toy/sdxl')
+    net = base.trainable()
+    first = {k: w.detach().clone() for k, w in net.named_parameters()}
+    policy = m.MixedPrecisionPolicy
+    m.MixedPrecisionPolicy = lambda dtype, *rest, **how: policy(torch.bfloat16, *rest, **how)
+    base.autocast = lambda: torch.autocast('cpu', torch.bfloat16)
+    m.parallel(net, base.device, shard=True)
+    m.parallel(base.teacher, base.device, shard=True)
+    times = []
+    net.time_proj.register_forward_hook(lambda layer, given, made: times.extend(given[0].tolist()))
+    x, t = torch.randn(2, *base.latent_shape), torch.tensor([999., 749.])
+    y = base.encode(['a', 'b'])
+
+    def all_sharded():
+        return all(isinstance(w, m.DTensor) for w in net.parameters())
+
+    # after each kind of pass the parameters are the shares again, which are trained and saved
+    with torch.no_grad():
+        base.predict(net, x, t, y)
+    assert all_sharded()
+    base.predict(net, x, t, y).square().mean().backward()
+    assert all_sharded()
+    leaf = x.clone().requires_grad_()
+    maps = base.features(net, leaf, t, y)
+    torch.autograd.grad(maps[-1].mean(), [leaf])
+    assert all_sharded()
+    assert set(times) == {999., 749.}
+    # gradients and moments are shares as well, and the coupling goes from share to share
+    opt = torch.optim.AdamW(net.parameters(), lr=0., fused=True)
+    assert m.update(opt, net) > 0
+    assert all(isinstance(v['exp_avg'], m.DTensor) for v in opt.state.values())
+    # a frozen network's list of what ran does not grow
+    for _ in range(3):
+        with torch.no_grad():
+            base.predict(base.teacher, x, t, y)
+    assert not base.teacher._get_fsdp_state()._comm_ctx.post_forward_order
+    copied = m.frozen_copy(base, net)
+    with torch.no_grad():
+        assert torch.equal(base.predict(copied, x, t, y), base.predict(net, x, t, y))
+    # whole tensors, as they were, come back on rank 0, and go into the shares again
+    found = m.whole_on_rank_0(net.state_dict(), torch.float32)
+    assert (rank == 0) == bool(found)
+    assert all(torch.equal(found[k], first[k]) for k in found)
+    m.load_trained(net, {k: w + 1 for k, w in first.items()})
+    found = m.whole_on_rank_0(net.state_dict(), torch.float32)
+    assert all(torch.equal(found[k], first[k] + 1) for k in found)
+
+def test_sharded_networks(tmp_path):
+    assert ranks(3, sharded, tmp_path) == [0, 0, 0]
 
 def test_compiled_is_the_same_and_compiles_once(one, tmp_path, monkeypatch):
     """--compile in stage 2, which runs all of stage 1 as well: every network is one graph
@@ -227,6 +299,46 @@ def test_compiled_is_the_same_and_compiles_once(one, tmp_path, monkeypatch):
     plain = weights(tmp_path / 'plain', 4)
     assert not far_from_one_step(
         weights(tmp_path / 'compiled', 4), plain, weights(tmp_path / 'plain', 2))
+
+def test_two_ranks_are_one_with_a_latent_gan_compiled(tmp_path):
+    """Here the discriminator's gradient enters the fake score past the call of the whole network,
+    and half of a forward pass is all there is. Sharded networks are compiled layer by layer."""
+    flags = ['train_stage1.py', *TINY[:-2], '--recipe', 'toy-dmd2', '--ttur', 2, '--iters', 3]
+    done = inside(*flags, '--out', tmp_path / 'one')
+    assert done.returncode == 0, done.stderr[-2000:]
+    script = hooked(tmp_path, '''
+compiled, count = torch.compile, []
+def with_eager(*args, **kwargs):
+    count.append(1)
+    return compiled(*args, **kwargs, backend='eager')
+torch.compile = with_eager
+def meets(it, normals):
+    assert len(count) > 40
+''')
+    run = torchrun(script, *flags, '--compile', '--out', tmp_path / 'two')
+    said = ended(run)
+    assert run.returncode == 0, said[-3000:]
+    one, two = weights(tmp_path / 'one', 3), weights(tmp_path / 'two', 3)
+    assert not far_from_one_step(two, one, weights(tmp_path / 'one', 2))
+
+def test_stage_2_on_two_ranks_is_one_with_whole_networks(one, tmp_path):
+    """Sharded reference, grids and evaluations on all ranks alike, of a number of prompts that they
+    cannot share evenly."""
+    flags = [*SECOND[:-2], '--init', one, '--rl_ratio', 1, '--critic_warmup', 0, '--eval_every', 4,
+             '--eval_n', 3, '--sample_every', 4, '--candidates', 2]
+    done = inside(*flags, '--out', tmp_path / 'one')
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = torchrun(*flags, '--out', tmp_path / 'two')
+    said = ended(run)
+    assert run.returncode == 0, said[-3000:]
+    a, b = weights(tmp_path / 'one', 4), weights(tmp_path / 'two', 4)
+    assert not far_from_one_step(b, a, weights(tmp_path / 'one', 2))
+    for x, y in zip(rows(tmp_path / 'one', 'eval.jsonl'), rows(tmp_path / 'two', 'eval.jsonl')):
+        assert x == pytest.approx(y, rel=1e-3)
+    for name in ('samples-0000000.png', 'samples-0000004.png'):
+        pictures = [np.asarray(Image.open(tmp_path / out / name), float) for out in ('one', 'two')]
+        assert np.abs(pictures[0] - pictures[1]).mean() < .1
+    assert rows(tmp_path / 'two')[1]['rl/ratio'] == pytest.approx(1, abs=1e-2)
 
 # --------------------------------------------------------------------------------------------------
 # signals and kills
@@ -333,7 +445,8 @@ def test_a_full_disk_in_the_middle_of_a_save(one, tmp_path, monkeypatch):
 
 def test_a_nan_on_one_rank_is_dropped_on_both_and_differing_weights_stop(tmp_path):
     """NaNs in one of rank 1's two micro-batches of iteration 1; the save at 2 finds equal weights.
-    Then one weight of rank 1 changes in its last bit: the save at 4 refuses, and names it."""
+    Then one weight of rank 1's heads changes in its last bit: the save at 4 refuses, and names
+    them. (Of a sharded weight there is one.)"""
     script = hooked(tmp_path, '''
 def meets(it, normals):
     if it == 1 and rank == 1:
@@ -341,15 +454,15 @@ def meets(it, normals):
 save_state = m.save_state
 def saved(out, it, args, weights, *rest):
     if it == 4 and rank == 1:
-        w = next(iter(weights['fake'].values())).data.view(-1)
+        w = next(iter(weights['heads'].values())).data.view(-1)
         w[0] = torch.nextafter(w[0], torch.tensor(9.))
     save_state(out, it, args, weights, *rest)
 m.save_state = saved
 ''')
-    run = torchrun(script, *RUN, '--out', tmp_path / 'run')
+    run = torchrun(script, *RUN, '--gan', 'latent', '--out', tmp_path / 'run')
     said = ended(run)
     line, = errors(said)
-    assert 'the weights of fake on rank 1 differ' in line
+    assert 'the weights of heads on rank 1 differ' in line
     assert 'iteration 4' in line
     assert run.returncode
     assert [state.name for state in m.states_of(tmp_path / 'run')] == ['state-0000002']

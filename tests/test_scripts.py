@@ -185,14 +185,10 @@ def test_two_runs_in_one_folder(plain):
     assert 'is finished' in well(inside(*TRAIN, '--out', plain)).stdout
     assert re.fullmatch(r'process \d+ on .+', (plain / '.lock').read_text())
 
-def test_every_recipe_has_a_folder_of_its_own(monkeypatch):
-    """So that README's commands work one after another; the machine's own recipe has the short
-    name."""
-    names = [m.default_out(1, recipe) for recipe in ('toy', 'sdxl', 'sdxl-dmd2')]
-    assert names == ['out/stage1', 'out/stage1-sdxl', 'out/stage1-sdxl-dmd2']
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    assert [m.default_out(2, recipe) for recipe in ('sdxl', 'toy', 'sd3', '')] == [
-        'out/stage2', 'out/stage2-toy', 'out/stage2-sd3', 'out/stage2']
+def test_every_recipe_has_a_folder_of_its_own():
+    """So that README's commands work one after another."""
+    assert m.default_out(1, '') == 'out/stage1'
+    assert m.default_out(2, 'sd3') == 'out/stage2-sd3'
 
 @pytest.mark.parametrize('flags, said', [
     (['--recipe', 'toy-dmd2'], '--gan latent --gan_weight 0.005 --split False --ttur 5 --couple 1'),
@@ -244,16 +240,6 @@ def test_own_data_alone_suffices_and_its_troubles_are_counted(tmp_path):
     _, done = second(tmp_path / 'two', '--iters', 1, '--eval_every', 1, '--eval_n', 2, init=run)
     assert said in done.stdout
     assert len(done.page['photos']) == 6                # CMMD's are its own as well
-
-def test_latent_gan_is_the_same_on_two_ranks(tmp_path):
-    """Here the discriminator's gradient enters the fake score past its DDP wrapper: it must be
-    averaged all the same."""
-    flags = ['train_stage1.py', *SMALL, '--recipe', 'toy-dmd2', '--ttur', 2, '--iters', 3,
-             '--save_every', 2]
-    well(inside(*flags, '--out', tmp_path / 'one'))
-    well(start(*flags, '--micro', 1, '--out', tmp_path / 'two', ranks=2))
-    one, two = weights(tmp_path / 'one', 3), weights(tmp_path / 'two', 3)
-    assert not far_from_one_step(two, one, weights(tmp_path / 'one', 2))
 
 # --------------------------------------------------------------------------------------------------
 # sample
