@@ -13,9 +13,10 @@ rprecision    share of pictures whose own prompt ranks first among 32 by CLIP: i
 cmmd, fid     distance to the pictures of --real by CLIP (2401.09603) or Inception (clean-fid)
 
 Pictures are kept in pictures/ beside --out and not made again, so a killed run goes on. Brackets
-are 95 % bootstrap intervals over the prompts. In FOLDER a metadata.jsonl (file_name, text) ties
-pictures to prompts; without one the last number in the name is the prompt's line, from 0; without
-numbers the pictures come in name order.
+are 95 % bootstrap intervals over the prompts. In FOLDER pictures are tied to prompts by a
+metadata.jsonl (file_name, text); else by the prompt that A1111 or ComfyUI wrote into them; else by
+the one number in their names that counts them, 0 being the first line of --prompts (or 1, where
+there are as many pictures as lines); else by name order. The rule is printed.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import importlib.metadata
 import json
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +34,6 @@ import numpy as np
 import pandas
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
@@ -42,12 +43,13 @@ import rewards as R
 METRICS = [*R.SCORES, 'rprecision', 'cmmd', 'fid']
 RECIPES = {
     'sdxl': dict(
-        prompts='assets/prompts.txt', real='jackyhate/text-to-image-2M',
-        real_files='data_1024_10K/*.tar', image_column='jpg', text_column='json.prompt', cfg=7.,
+        prompts='assets/prompts.txt', real='common-canvas/commoncatalog-cc-by', image_column='jpg',
+        real_files='8/least_dim_range=1024-2048/aspect_ratio_bucket=1-1/part-00001-*.parquet',
+        cfg=7.,
         metrics=['clip', 'imagereward', 'pickscore', 'hpsv2', 'mps', 'rprecision', 'cmmd']),
     'toy': dict(
         prompts='assets/toy/data/prompts.txt', real='assets/toy/data', real_files='test.parquet',
-        image_column='image', text_column='text', cfg=3., clip='assets/toy/clip',
+        image_column='image', cfg=3., clip='assets/toy/clip',
         pickscore='assets/toy/pickscore', metrics=['clip', 'pickscore', 'rprecision', 'cmmd'])}
 RECIPES['sd3'] = RECIPES['sdxl'] | dict(teacher_steps=28)
 RECIPES['toy-sd3'] = RECIPES['toy'] | dict(teacher_steps=28)
@@ -64,7 +66,7 @@ PAPER = dict(
 p = m.parser(__doc__)
 flag = p.add_argument
 flag('--ckpt', nargs='+', default=[],
-     help='runs or student pipelines, a row each; none: newest of out/stage2, out/stage1, shipped')
+     help='runs or student pipelines, a row each; none: newest of out/stage[12]*, else shipped')
 flag('--teacher', action='store_true', help='score the base model (alone, or beside --ckpt)')
 flag('--pipeline', default='', help='score this diffusers pipeline, by --teacher_steps and --cfg')
 flag('--images', default='', help='score this folder of pictures instead')
@@ -79,8 +81,7 @@ for name, (_, source, title, _) in R.SCORES.items():
     flag(f'--{name}', default=source, help=f'weights of {title}: hub id, folder or file')
 flag('--real', help='real pictures for cmmd and fid, as --data of train_stage1.py')
 flag('--real_files', help='which files of --real, a pattern; empty: all')
-flag('--image_column', help='column of the pictures in --real')
-flag('--text_column', help='column of the captions in --real')
+flag('--image_column', help='column of the pictures in --real; empty: the one there is')
 flag('--n_real', type=int, default=512, help='how many real pictures')
 flag('--batch', type=int, default=16, help='pictures per call')
 flag('--workers', type=int, default=2, help='threads per rank that read pictures')
@@ -95,6 +96,7 @@ recipe = chosen.recipe or facts['recipe']
 if recipe not in RECIPES:
     m.die(f'--ckpt: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
 p.set_defaults(**RECIPES[recipe])
+m.give_way(p, 'real', 'real_files', 'image_column')
 args = p.parse_args()
 m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0, workers=0, cfg=0)
 if args.sheet and args.sheet not in args.metrics:
@@ -105,30 +107,84 @@ torch.set_grad_enabled(False)
 # --------------------------------------------------------------------------------------------------
 # what there is to do: prompts, files of --images, rows of the table, settings, networks that score
 
+def own_prompt(file):
+    """The prompt that A1111 or ComfyUI wrote into a PNG, else ''."""
+    with contextlib.suppress(*m.BROKEN, *m.BAD_FILE):
+        info = Image.open(file).info
+        if 'parameters' in info:
+            return re.split('(?:^|\n)(?:Negative prompt|Steps): ', info['parameters'])[0].strip()
+        nodes = json.loads(info.get('prompt', '{}'))
+        for node in nodes.values():
+            value = node['inputs'].get('positive')
+            while isinstance(value, list):                            # the node that it comes from
+                inputs = nodes[value[0]]['inputs']
+                names = 'text', 'text_g', 'positive', 'conditioning', 'value', 'string'
+                value = next(inputs[name] for name in names if name in inputs)
+            if isinstance(value, str):
+                return value.strip()
+    return ''
+
+def tied(found, lines, given):
+    """Pictures to prompts: (the number of each one's line, the prompts, the rule in words).
+    given: --prompts was named."""
+    texts = [own_prompt(file) for file in found]
+    if all(texts):
+        numbers = [lines.index(text) if text in lines else None for text in texts]
+        if None not in numbers and len({*numbers}) == len(numbers):
+            return numbers, lines, 'by the prompt inside each, a line of ' + args.prompts
+        if not given:
+            return range(len(texts)), texts, 'by the prompt inside each'
+    groups = [[int(k) for k in re.findall('[0-9]+', file.stem)] for file in found]
+    count = len(found)
+    if not any(groups) and count == len(lines):
+        return range(count), lines, 'by name order'
+    # the places in a name, from its begin or its end, whose numbers count the pictures from 0 or 1
+    rules = {}
+    for place in range(min(map(len, groups))):
+        for numbers in zip(*([group[place], group[-1 - place]] for group in groups)):
+            least, most = min(numbers), max(numbers)
+            whole = count == len(lines) if least else count <= len(lines)
+            if whole and least in (0, 1) and sorted(numbers) == [*range(least, least + count)]:
+                counted = tuple(number - least for number in numbers)
+                rules[counted] = f'by the numbers {least} ... {most} in the names'
+    if len(rules) != 1:
+        why = 'more than one number in their names counts them' if rules else (
+            f'no number in their names counts them, 0, 1, 2... or 1 ... {len(lines)}, each once')
+        m.die(f'--images {args.images}: which of its {count} pictures belongs to which line of '
+              f'{args.prompts} cannot be told: {why}; name them by their lines, from 0, or add a '
+              'metadata.jsonl (file_name, text)')
+    (numbers, rule), = rules.items()
+    return numbers, lines, rule
+
 source = Path(args.images, 'metadata.jsonl')
+found, numbers = [], []
 if args.images and source.exists():
     with m.sentence(f'--images: {source} must have a file_name and a text in every line'):
-        entries = [json.loads(line) for line in source.open(encoding='utf-8') if line.strip()]
+        entries = source.read_bytes().decode('utf-8-sig').split('\n')
+        entries = [json.loads(line) for line in entries if line.strip()]
         found = [Path(args.images, entry['file_name']) for entry in entries]
         prompts = [entry['text'] for entry in entries]
-    numbers = range(len(found))
+    numbers, rule = range(len(found)), 'by metadata.jsonl'
 else:
     source = Path(args.prompts)
-    prompts = m.read_prompts(source)
-    found = sorted(Path(args.images).glob('*')) if args.images else []
-    found = [f for f in found if f.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp')]
-    numbers = [int(k) for f in found for k in re.findall(r'\d+', f.stem)[-1:]]
-    numbers = numbers if len(numbers) == len(found) else range(len(found))
+    prompts = m.read_prompts(source, blank=True)
+if args.images and not found:
+    found = sorted(f for f in Path(args.images).glob('*') if f.suffix.lower() in m.PICTURES)
+    if not found:
+        m.die(f'--images {args.images} has no picture; give a folder of .png, .jpg or .webp files')
+    lines = prompts
+    numbers, prompts, rule = tied(found, lines, chosen.prompts)
+    source = source if prompts is lines else Path(args.images)
 n = args.n or min(len(prompts), 1 + max(numbers, default=len(prompts)))
-files = {i: file for i, file in zip(numbers, found) if i < n}
-if len({*numbers}) < len(found):
-    m.die(f'--images {args.images}: two names have the same number; number them by prompt, or add '
-          'a metadata.jsonl')
+files = {i: file for i, file in sorted(zip(numbers, found)) if i < n and prompts[i]}
 if n > len(prompts):
     m.die(f'--n {n}: {source} has only {len(prompts)} prompts')
 if args.images and not files:
-    m.die(f'--images {args.images} has no picture for {n} prompts; give .png, .jpg or .webp files')
-near = R.near_prompts(source, len(prompts))
+    m.die(f'--images {args.images}: the first {n} lines of {source}, --n, are blank')
+if args.images and rank == 0:
+    print(f'--images {args.images}: {len(files)} pictures, {files[min(files)].name} ... '
+          f'{files[max(files)].name}, {rule}, to prompts {min(files)} ... {max(files)}')
+near = R.near_prompts(source, len(prompts), blank=True)
 
 guided = []                                               # numbers of steps of the teacher's rows
 rows = {}                                         # label: (pipeline, its steps, what loads it)
@@ -156,7 +212,7 @@ def short(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 # of weights and settings; a hub id has no files
-weights = {name: [m.crc(file) for file in sorted(Path(name).rglob('*.*'))
+weights = {name: [m.crc(file) for file in sorted([*Path(name).rglob('*.*'), Path(name)])
                   if file.suffix in ('.safetensors', '.json')]
            for name, _, _ in rows.values() if name}
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')}
@@ -169,8 +225,10 @@ if out.exists():
         assert json.loads(out.read_text())['settings'] == settings, 'its settings are others'
 real = None
 if {'cmmd', 'fid'} & {*args.metrics}:
-    real = m.Pictures(args.real, args.real_files, args.image_column, args.text_column, 0, args.seed,
-                      '--real')
+    real = m.Pictures(
+        args.real, args.real_files, args.image_column, '', 0, args.seed, '--real', captioned=False)
+    if rank == 0:
+        print(real.said)
     n_real = min(args.n_real, len(real.rows))
 m.quiet()
 scorers, unavailable = {}, {}
@@ -205,8 +263,9 @@ for label, (name, steps, load) in rows.items():
     key = dict(source=name, weights=weights[name], steps=steps, cfg=args.cfg, seed=args.seed,
                dtype=str(dtype), prompts=settings['prompts_sha256'])
     folder = out.parent / 'pictures' / short(key)
-    files_of[label] = {i: folder / f'{i:06d}.png' for i in range(n)}
-    missing = [i for i in range(rank, n, world) if not files_of[label][i].exists()]
+    files_of[label] = {i: folder / f'{i:06d}.png' for i in range(n) if prompts[i]}
+    missing = [i for i in range(rank, n, world)
+               if prompts[i] and not files_of[label][i].exists()]
     if not missing:
         continue
     pipe = load(dtype=dtype).to(device)
@@ -225,8 +284,8 @@ for label, (name, steps, load) in rows.items():
 
 def read(file):
     """A picture, uint8 (3, H, W), or None where it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return pil_to_tensor(Image.open(file).convert('RGB'))
+    with contextlib.suppress(*m.BROKEN):
+        return pil_to_tensor(m.open_picture(file))
 
 # threads: a process that is forked beside those of the process group may hang
 readers = ThreadPoolExecutor(max(1, args.workers))
@@ -277,9 +336,15 @@ first, *_ = rows
 if real:                                    # as large as the pictures that they are compared with
     real.size = min(Image.open(files_of[first][tables[first].index[0]]).size)
 if clip and 'cmmd' in args.metrics:
-    loader = tqdm(DataLoader(real, args.batch, sampler=range(n_real)), 'real pictures')
-    loader = ((batch['pixels'].to(device) + 1) / 2 for batch in loader)
-    real_vectors = torch.cat([clip.embed_images(x).cpu() for x in loader])
+    real_vectors, passed_over = [], Counter()
+    for k in tqdm(range(0, n_real, args.batch), 'real pictures'):
+        samples = [*readers.map(real.__getitem__, range(n_real)[k:k + args.batch])]
+        x = torch.stack([sample['pixels'] for sample in samples]).to(device)
+        real_vectors.append(clip.embed_images((x + 1) / 2).cpu())
+        passed_over += sum((sample['trouble'] for sample in samples), Counter())
+    real_vectors = torch.cat(real_vectors)
+    if passed_over:
+        print(f'--real {args.real}, passed over:', dict(passed_over))
 
 def statistics(scored):
     """{metric: (1001,)}, its value and 1,000 of resampled pictures, the same for every row."""
@@ -370,7 +435,7 @@ for k, (label, scored) in enumerate(tables.items()):
     if args.sheet in scored:
         scored = scored.sort_values(args.sheet, ascending=False, kind='stable')
         scored = scored.drop(scored.index[16:-16])
-        pictures = [Image.open(files_of[label][i]).convert('RGB') for i in scored.index]
+        pictures = [m.open_picture(files_of[label][i]) for i in scored.index]
         pictures = [pil_to_tensor(ImageOps.fit(picture, (256, 256))) for picture in pictures]
         values = map(TITLES[args.sheet][1].format, scored[args.sheet])
         captions = [f'{value} {prompts[i]}' for value, i in zip(values, scored.index)]

@@ -14,22 +14,30 @@ discriminator, LPO (2502.01051) for the latent reward.
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import functools
+import glob
 import io
+import itertools
 import json
 import os
 import pickle
 import resource
 import shutil
 import signal
+import socket
+import struct
 import sys
 import textwrap
 import time
 import warnings
 import zlib
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +88,12 @@ def parser(doc):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage='%(prog)s [--flag value ...], see --help')
 
+def give_way(p, flag, *others):
+    """The defaults of `others` belong to the default of --flag: they become '' in the
+    ArgumentParser p where the command line names another."""
+    if vars(p.parse_known_args()[0])[flag] != p.get_default(flag):
+        p.set_defaults(**dict.fromkeys(others, ''))
+
 def at_least(args, **least):
     """Ends with a sentence for the first flag below its least value, or nan or infinite."""
     for flag, value in least.items():
@@ -123,15 +137,25 @@ class Schedule:
     """
 
     def __init__(self, scheduler):
-        config = scheduler.config
-        flow = 'FlowMatch' in type(scheduler).__name__
-        self.kind = 'flow' if flow else config.prediction_type
-        self.shift = config.get('shift', 1.)
+        config, name = scheduler.config, type(scheduler).__name__
+        flow = 'FlowMatch' in name or config.get('use_flow_sigmas')
+        self.kind = 'flow' if flow else config.get('prediction_type')
+        self.shift = config.get('shift', config.get('flow_shift', 1.))
         if self.kind not in ('flow', 'epsilon', 'v_prediction'):
             die(f'--model: its scheduler predicts {self.kind!r}; only epsilon, v_prediction and '
                 'flow matching are known')
-        if not flow:
-            self.bars = scheduler.alphas_cumprod.double().cpu()
+        if flow:
+            return
+        bars = getattr(scheduler, 'alphas_cumprod', ())
+        if len(bars) != 1000:
+            die(f'--model: its scheduler, {name}, has no table of 1000 noise levels as SDXL has; a '
+                'base trained in the EDM formulation cannot be distilled')
+        self.bars = bars.double().cpu()
+        # diffusers writes 2 ** -24 for the 0 of some schedulers; SDXL ends at .0047
+        if self.kind == 'epsilon' and self.bars[-1] < 1e-6:
+            die('--model: its scheduler ends in pure noise (rescale_betas_zero_snr), where a '
+                'network that predicts epsilon says nothing of x0; give a base that predicts v, or '
+                'set it to false in scheduler_config.json if the network was trained without')
 
     def _bar(self, t):
         self.bars = self.bars.to(t.device)
@@ -180,10 +204,9 @@ class Schedule:
     def steps(self, n):
         """n evenly spaced student steps from pure noise on: 4 gives 999, 749, 499, 249, or for
         flow matching with shift 3: 1000, 900, 750, 500."""
-        u = torch.arange(n, 0, -1).double() / n
         if self.kind == 'flow':
-            return self._shifted(u).float()
-        return (1000 * u - 1).round().float()
+            return self._shifted(torch.arange(n, 0, -1).double() / n).float()
+        return 999. - torch.arange(n) * 1000 // n
 
     def _shifted(self, u):
         """A flow's noise level u in [0, 1] -> t, moved towards noise (SD3, 2403.03206, eq. 23)."""
@@ -217,23 +240,66 @@ def load_pipeline(name, flag, dtype, t5=None):
     quiet()
     folder = Path(name)
     index = folder / 'model_index.json'
-    if folder.exists() and not index.exists():
+    if folder.exists() and not folder.is_file() and not index.exists():
         die(f'{flag} {name} is not a diffusers pipeline folder (it has no model_index.json)')
     if not folder.exists() and not hub_id(name):
         die(f'{flag} {name} does not exist')
     trouble = 'is damaged or not a pipeline of safetensors files'
+    if folder.is_file():
+        trouble = ('is not the .safetensors file of an SDXL or SD3 model, or the settings of its '
+                   'kind could not be downloaded; a diffusers folder has them: save_pretrained')
     if not folder.exists():
-        trouble = f'could not be downloaded; {flag} assets/toy/sdxl runs offline'
+        trouble = f'could not be loaded or downloaded; {flag} assets/toy/sdxl runs offline'
     with sentence(f'{flag} {name} {trouble}'):
         # a pipeline saved without its T5 has to be told so again
         parts = json.loads(index.read_text()) if index.exists() else {}
         without = {k: None for k in ('text_encoder_3', 'tokenizer_3')
                    if t5 is False or parts.get(k) == [None, None]}
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(name), dtype=dtype, use_safetensors=True, **without)
+        load = load_file_of_all if folder.is_file() else functools.partial(
+            of_any_variant, diffusers.DiffusionPipeline, use_safetensors=True)
+        pipe = load(name, dtype=dtype, **without)
     if t5 and not getattr(pipe, 'text_encoder_3', None):
         die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
     return pipe
+
+def of_any_variant(kind, name, **how):
+    """kind.from_pretrained; where there is no plain *.safetensors, of *.fp16.safetensors."""
+    try:
+        return kind.from_pretrained(str(name), **how)
+    except BAD_FILE as error:
+        with contextlib.suppress(*BAD_FILE):
+            return kind.from_pretrained(str(name), variant='fp16', **how)
+        raise error
+
+def load_file_of_all(file, dtype, **without):
+    """The pipeline in one .safetensors file, as SDXL's fine-tunes are published. What configures it
+    is a model_index.json beside it with its folders, else diffusers' choice by the weights' names,
+    a few kB of the hub's."""
+    import diffusers
+    names = {*safe_open(file, 'pt').keys()}
+    sd3 = any('joint_blocks' in name for name in names)
+    kind = diffusers.StableDiffusion3Pipeline if sd3 else diffusers.StableDiffusionXLPipeline
+    dtype = dtype['default'] if isinstance(dtype, dict) else dtype
+    pipe = kind.from_single_file(
+        str(file), dtype=dtype, **beside(file), **(without if sd3 else {}))
+    pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))              # SDXL's: fp32
+    if 'v_pred' in names:                       # marks of fine-tunes, which diffusers does not read
+        pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
+            pipe.scheduler.config, prediction_type='v_prediction',
+            rescale_betas_zero_snr='ztsnr' in names))
+    return pipe
+
+def beside(file):
+    """For from_single_file: the configuration beside a file."""
+    folder = Path(file).absolute().parent
+    return dict(config=str(folder)) if (folder / 'model_index.json').exists() else {}
+
+def load_network(name, kind, part):
+    """The network of a pipeline (a folder, a hub id or one file) once more, with fp32 weights of
+    its own; kind: its class, part: its name in a pipeline."""
+    if not Path(name).is_file():
+        return of_any_variant(kind, name, subfolder=part, dtype=torch.float32)
+    return kind.from_single_file(str(name), subfolder=part, dtype=torch.float32, **beside(name))
 
 def hub_id(name):
     """Whether a name that is no path can be one on the Hugging Face hub, owner/name."""
@@ -256,6 +322,13 @@ def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, f
     family = type(pipe).__name__
     if family not in families:
         die(f'{flag} {name} is a {family}; this version distils {" and ".join(families)} models')
+    config, depth = network_of(pipe).config, pipe.vae.config.latent_channels
+    if config.in_channels != depth:
+        die(f'{flag} {name}: its network reads {config.in_channels} channels, its VAE has {depth}; '
+            'models that fill in or edit pictures cannot be distilled')
+    if not isinstance(config.sample_size, int):
+        die(f'{flag} {name}: its network has no sample_size, or not one number; write it into its '
+            f'config.json, the side of its pictures / {pipe.vae_scale_factor}')
     return families[family](str(name), pipe, torch.device(device), offload)
 
 class Base:
@@ -308,14 +381,21 @@ class Base:
         from the bf16 teacher, into main memory, from where parallel() takes them; or, given a peft
         LoraConfig, with the teacher's own frozen tensors and new fp32 adapters."""
         if lora is None:
-            net = self.network.from_pretrained(
-                self.name, subfolder=self.part, dtype=torch.float32)
+            net = load_network(self.name, self.network, self.part)
             return net.train()
         net = twin(self.teacher)
         net.add_adapter(lora)
         for w in trained(net).values():
             w.data = w.data.to(self.device, torch.float32)
         return net.train()
+
+    def cut(self, prompts):
+        """How many prompts are longer than what any of the text encoders reads: 77 tokens of CLIP,
+        256 of T5."""
+        read = [(getattr(self.pipe, f'tokenizer{k}', None), length)
+                for k, length in (('', 77), ('_2', 77), ('_3', 256))]
+        return sum(all(len(tokenizer(text, verbose=False).input_ids) > length
+                       for tokenizer, length in read if tokenizer) for text in prompts)
 
     def autocast(self):
         """bf16 autocast on CUDA, nothing elsewhere."""
@@ -339,17 +419,27 @@ class Base:
         cond, uncond = out.chunk(2)
         return self.schedule.x0(uncond + cfg * (cond - uncond), xt, t)
 
+    def _statistics(self):
+        """latents_mean and latents_std of the VAE, (1, C, 1, 1), if it has both; else 0 and 1."""
+        config = self.vae.config
+        found = config.get('latents_mean'), config.get('latents_std')
+        if None in found:
+            return 0., 1.
+        return [torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in found]
+
     def decode(self, z):
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], differentiable."""
         config = self.vae.config
+        mean, std = self._statistics()
         z = z / config.scaling_factor + (config.get('shift_factor') or 0)
-        return self.vae.decode(z).sample
+        return self.vae.decode(z * std + mean).sample
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
         config = self.vae.config
-        z = self.vae.encode(pixels).latent_dist.mean
+        mean, std = self._statistics()
+        z = (self.vae.encode(pixels).latent_dist.mean - mean) / std
         return (z - (config.get('shift_factor') or 0)) * config.scaling_factor
 
     @torch.no_grad()
@@ -735,16 +825,21 @@ def student_pictures(base, net, steps, prompts, noise, micro):
         found.append(base.pictures(z))
     return torch.cat(found)
 
-def few_step_scheduler(scheduler, n):
-    """The diffusers scheduler whose sampling is backward_simulation's, with its n steps: LCM's, or
+def few_step_scheduler(scheduler):
+    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, or
     for a flow Euler's with fresh noise at every step (give the pipeline's call sigmas =
-    (n, ..., 1) / n, which it shifts by itself)."""
+    (n, ..., 1) / n, which it shifts by itself). Of the base's own it takes the noise levels, and
+    none of the other settings: clipping, thresholding, spacing."""
     from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
-    if Schedule(scheduler).kind == 'flow':
-        return FlowMatchEulerDiscreteScheduler.from_config(
-            scheduler.config, stochastic_sampling=True)
-    # with original_inference_steps = n its own default is 1000 / n * k - 1, the student's steps
-    return LCMScheduler.from_config(scheduler.config, original_inference_steps=n)
+    schedule = Schedule(scheduler)
+    if schedule.kind == 'flow':
+        return FlowMatchEulerDiscreteScheduler(shift=schedule.shift, stochastic_sampling=True)
+    names = 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'rescale_betas_zero_snr'
+    levels = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    if levels['beta_schedule'] not in ('linear', 'scaled_linear', 'squaredcos_cap_v2'):
+        levels = dict(trained_betas=scheduler.betas.tolist())         # LCM's cannot compute others
+    # from all 1000 it takes Schedule.steps, of any number; from its own 50 it would take others
+    return LCMScheduler(**levels, prediction_type=schedule.kind, original_inference_steps=1000)
 
 def network_of(pipe):
     """The denoising network of a pipeline."""
@@ -811,7 +906,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
         tensors = whole_on_rank_0(student.state_dict(), dtype)
     if dist.get_rank():
         return
-    scheduler = few_step_scheduler(base.pipe.scheduler, len(steps))
+    scheduler = few_step_scheduler(base.pipe.scheduler)
     facts = facts | dict(steps=steps.long().tolist())
     with replacing(folder) as tmp:
         if lora:
@@ -874,15 +969,15 @@ def load_student(folder, facts, dtype, flag='--ckpt'):
     pipe = load_pipeline(facts['base_model'], whose, dtype, facts.get('t5'))
     lora_file(folder, network_of(pipe), flag)                                    # for its sentence
     pipe.load_lora_weights(folder)
-    pipe.scheduler = few_step_scheduler(pipe.scheduler, len(facts['steps']))
+    pipe.scheduler = few_step_scheduler(pipe.scheduler)
     return pipe
 
-def find_student(ckpt, flag='--ckpt', runs=('out/stage2', 'out/stage1')):
+def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
     """The folder of a student and its facts (student.json): `ckpt` is a run's folder or the
-    student's own; empty means the newest of `runs`, else the shipped one."""
+    student's own; empty means the newest of the pattern `runs`, else the shipped one."""
     here = Path(os.path.relpath(Path(__file__).parent))
-    files = [Path(run, 'student/student.json') for run in runs]
-    files = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime, reverse=True)
+    files = Path().glob(f'{runs}/student/student.json')
+    files = sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)
     places = [f.parent for f in files] + [here / 'assets/toy/student']
     if ckpt:
         places = [Path(ckpt) / 'student', Path(ckpt)]
@@ -958,12 +1053,42 @@ def writable_folder(path, flag):
         die(f'{flag} {path} cannot be written ({error.strerror}); choose another folder')
     return path
 
-def read_prompts(path, flag='--prompts'):
-    """The non-empty lines of a text file."""
+def hold(out):
+    """Takes the folder of a run for this one, as long as the process lives; ends with a sentence
+    where another has it. Returns rank 0's open lock file, which is to be kept."""
+    lock, other = None, ''
+    for _ in range(25 if dist.get_rank() == 0 else 0):     # who was killed may take seconds to go
+        lock = (out / '.lock').open('a+')
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            other = ''
+            lock.truncate(0)
+            lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+            lock.flush()
+            break
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            other = lock.read() or 'just begun'
+            time.sleep(.2)
+        except OSError:                                         # a file system that has no locks
+            break
+    other = gathered(other)[0]
+    if other:
+        die(f'--out {out} is in use by another run, {other}; wait for its end, or choose another '
+            '--out')
+    return lock
+
+def default_out(stage, recipe):
+    """--out where none is given: out/stage1, or with --recipe out/stage1-RECIPE."""
+    return '-'.join(filter(None, [f'out/stage{stage}', recipe]))
+
+def read_prompts(path, flag='--prompts', blank=False):
+    """The lines of a text file, which end at \\n or \\r\\n alone; blank ones, as '', only where
+    their numbers count."""
     with sentence(f'{flag} {path} cannot be read as text; give a file with one prompt per line'):
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+        lines = Path(path).read_bytes().decode('utf-8-sig').removesuffix('\n').split('\n')
+    prompts = [line.strip() for line in lines if blank or line.strip()]
+    if not any(prompts):
         die(f'{flag} {path} has no prompt in it; give a file with one prompt per line')
     return prompts
 
@@ -1015,20 +1140,17 @@ def launch(minutes):
     return rank, world, device
 
 def last_words(kind, error, trace):
-    """sys.excepthook: another rank's end, a full disk and dead data workers are known ends, and a
+    """sys.excepthook: another rank's end, a full disk and data that is gone are known ends, and a
     sentence. At a normal exit the process group would wait for those who are gone."""
     words = ''
     if isinstance(error, Unreadable):
-        words = str(error).strip().splitlines()[-1].removeprefix('model.Unreadable: ')
+        words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        words = f'{error.filename or "--out"}: no space left; make room and run again'
+        words = (f'{error.filename or "--out"}: {error.strerror}, by the disk, a quota or the '
+                 'number of files; make room there and run again')
     elif isinstance(error, dist.DistError) or 'gloo' in str(error):
         words = ('another rank is lost, and its own last words say why; run again to go on from '
-                 'the last save')
-    elif 'DataLoader worker' in str(error):
-        reason = ' '.join(str(error).split())[:200]
-        words = (f'a data worker died ({reason}); run again to go on from the last save, with '
-                 'fewer --workers, or 0, if it dies again')
+                 'the last save, if there is one')
     if not words:
         return sys.__excepthook__(kind, error, trace)
     print(f'error: rank {dist.get_rank()}: {words}', file=sys.stderr, flush=True)
@@ -1138,8 +1260,8 @@ def check_alike(it, weights):
         names = [name for name in sums if other[name] != sums[name]]
         if names:
             die(f'at iteration {it} the weights of {", ".join(names)} on rank {rank} differ from '
-                f'those on rank {dist.get_rank()}, a bug or a faulty device; nothing was saved, '
-                'the save before this one is good')
+                f'those on rank {dist.get_rank()}, a bug or a faulty device; nothing of this '
+                'iteration was saved')
 
 def update(opt, net, clip=1.):
     """Clips net's gradients to norm `clip` and steps; a non-finite gradient is dropped instead, and
@@ -1438,13 +1560,14 @@ def find_state(out, args):
         old, new = saved['args'], vars(args)
         if ('rl_ratio' in old) != ('rl_ratio' in new):
             die(f'--out {out} holds a run of the other stage; choose another --out')
-        if old['model'] != new['model']:
-            die(f'--out {out} holds a run of --model {old["model"]}, not {new["model"]}; choose '
-                'another --out')
+        for key in ('model', 'lora'):
+            if key in old and old[key] != new[key]:
+                die(f'--out {out} holds a run of --{key} {old[key]}, not {new[key]}; choose '
+                    'another --out')
     if saved['iteration'] >= new['iters']:
         if dist.get_rank() == 0:
-            print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations: give '
-                  'more --iters to go on, another --out for a new run')
+            print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
+                  'nothing is changed: give more --iters to go on, another --out for a new run')
         dist.destroy_process_group()
         sys.exit()
     changed = [key for key in old.keys() & new.keys() if old[key] != new[key]]
@@ -1516,7 +1639,8 @@ class Log:
         self.file = out / 'log.jsonl'
         self.device, self.args = device, args
         self.seen, self.clock = {}, time.time()
-        self.dropped = self.in_a_row = self.skipped = 0
+        self.dropped = self.in_a_row = 0
+        self.data = Counter()                     # TROUBLE with the data, of this rank
         if dist.get_rank():
             return
         # a killed run has logged beyond its last save, and perhaps half a line
@@ -1542,14 +1666,22 @@ class Log:
         self.dropped += dropped
         self.in_a_row = self.in_a_row + 1 if dropped else 0
         if self.in_a_row == 10:
-            die(f'10 iterations in a row had a non-finite gradient, up to {it}; the last save is '
-                'good: lower the learning rates or --gan_weight and run again')
+            states = states_of(self.file.parent)
+            whence = f'goes on from {states[-1].name}' if states else 'begins anew, none is saved'
+            die(f'10 iterations in a row had a non-finite gradient, up to {it}; lower the learning '
+                f'rates or --gan_weight and run again: it {whence}')
+
+    def trouble(self):
+        """What was wrong with the data, on all ranks, in words; every rank calls it."""
+        found = sum(gathered(self.data), Counter())
+        return ', '.join(f'{found[reason]} {reason}' for reason in TROUBLE if found[reason])
 
     def write(self, it):
         """The only place where metrics leave the device."""
         if it % self.args.log_every:
             return
-        self('skipped', self.skipped * dist.get_world_size())
+        for reason in TROUBLE:
+            self(f'data/{reason}', self.data[reason] * dist.get_world_size())
         names = sorted(self.seen)
         values = torch.stack([torch.stack(self.seen[name]).mean() for name in names])
         dist.all_reduce(values)
@@ -1558,7 +1690,8 @@ class Log:
         self.seen, self.clock = {}, time.time()
         if dist.get_rank():
             return
-        text = '  '.join(f'{name} {value:.4f}' for name, value in row.items() if name != 'skipped')
+        shown = {name: value for name, value in row.items() if not name.startswith('data/')}
+        text = '  '.join(f'{name} {value:.4f}' for name, value in shown.items())
         print(f'{it:5d}/{self.args.iters}  {text}  {seconds:.2f} s/it', flush=True)
         row = dict(iteration=it) | row | dict(
             seconds=seconds, dropped=self.dropped, memory=peak(self.device))
@@ -1576,7 +1709,7 @@ def curves(log, path):
     if not log.stat().st_size:                     # --log_every is more than there were iterations
         return
     table = pandas.read_json(log, lines=True).set_index('iteration')
-    table = table.drop(columns=['skipped', 'dropped', 'memory']).interpolate()
+    table = table.filter(regex='^(?!skipped|data/|dropped|memory)').interpolate()
     panels = table.plot(subplots=True, layout=(-1, 4), figsize=(14, 10), grid=True)
     figure = panels.flat[0].figure
     figure.tight_layout()
@@ -1587,102 +1720,263 @@ def curves(log, path):
 # data
 
 class Unreadable(Exception):
-    """So many pictures in a row cannot be read that the data set is not what it was."""
+    """So many pictures in a row cannot be used that the data set is not what it was."""
 
-class Pictures(torch.utils.data.Dataset):
+PICTURES = '.png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif'.split()
+CAPTIONS = 'text caption captions prompt prompts txt description sentence sentences'.split()
+# what is counted of the data: pictures passed over, and captions longer than the text encoders read
+TROUBLE = 'missing', 'broken', 'small', 'uncaptioned', 'cut'
+# what PIL raises for a file that is damaged, or no picture
+BROKEN = (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error,
+          Image.DecompressionBombError)
+
+def open_picture(source):
+    """The first frame of a picture as a viewer shows it, in RGB: upright (EXIF), over white where
+    it is transparent, 16 bits and floats scaled to 8. source: path or bytes; raises BROKEN."""
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in 'IF':
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        white = 65535.
+        if image.mode == 'F':                   # 0..1, unless there is more
+            white = next((w for w in (1., 255.) if values.max() <= w), 65535.)
+        image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+def flat(row, before=''):
+    """A row's columns, {name: value}; a nested one's name has dots: json.prompt."""
+    found = {}
+    for key, value in row.items():
+        nested = isinstance(value, dict) and not is_picture(value)
+        found |= flat(value, f'{before}{key}.') if nested else {before + key: value}
+    return found
+
+def is_picture(value):
+    """Whether a value is a picture's record ({'bytes', 'path'}), its bytes or its path."""
+    if isinstance(value, dict):
+        return value.keys() == {'bytes', 'path'}
+    if isinstance(value, str):
+        return Path(value).suffix.lower() in PICTURES and '://' not in value and '\n' not in value
+    with contextlib.suppress(*BROKEN):
+        return isinstance(value, bytes) and bool(Image.open(io.BytesIO(value)))
+    return False
+
+def picture_folder(folder, shown, whole):
+    """{column: values} of the pictures among the paths `shown`, and where they are the whole folder
+    of those that its metadata names: 'image', records, with what a metadata.jsonl or .csv in their
+    folder or above has of them (file_name...), else the lines of NAME.txt or NAME.caption beside
+    them as 'text'; all but the records are lists of strings."""
+    entries = {}
+    for name in sorted(glob.glob('**/metadata.*', root_dir=folder, recursive=True)):
+        file = folder / name
+        if file.suffix not in ('.jsonl', '.csv'):
+            continue
+        text = file.read_text(encoding='utf-8-sig')
+        if file.suffix == '.csv':
+            comma = ',' if ',' in text.split('\n')[0] else ';'
+            table = csv.DictReader(io.StringIO(text), delimiter=comma)
+        else:
+            table = (json.loads(line) for line in text.split('\n') if line.strip())
+        for entry in table:
+            key = next((k for k in ('file_name', 'image', 'file') if k in entry), None)
+            assert key, f'{file} has a line without file_name'
+            entries[file.parent / entry.pop(key).replace('\\', '/')] = entry
+    found = {file for file in shown if file.suffix.lower() in PICTURES}
+    rows = []
+    for file in sorted(found | entries.keys() if whole else found):
+        beside = [f for f in map(file.with_suffix, ('.txt', '.caption')) if f.exists()]
+        entry = entries.get(file) or {
+            'text': f.read_text(encoding='utf-8-sig').split('\n') for f in beside}
+        lists = {k: v if isinstance(v, list) else [v] for k, v in entry.items()}
+        row = {k: [str(x) for x in values if x is not None] for k, values in lists.items()}
+        rows.append(row | dict(image=dict(path=str(file.absolute()), bytes=None)))
+    names = dict.fromkeys(name for row in rows for name in row if name)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+def first_rows(source, files, limit):
+    """The first rows of a set on the hub, the rest of which is not fetched."""
+    import datasets
+    stream = datasets.load_dataset(source, data_files=files, split='train', streaming=True)
+    yield from (stream.decode(False) if stream.features else stream).take(limit)
+
+def load_rows(source, files='', limit=0):
+    """A datasets.Dataset of a hub id, of a .parquet or .tar file, or of a folder of such files or
+    of pictures, all of it one set, whatever their names; files narrows it to a pattern, limit to
+    the first. Its rows are arrow tables."""
+    import datasets
+    path = Path(source)
+    if not path.exists() and limit:
+        how = dict(source=source, files=files or None, limit=limit)
+        return datasets.Dataset.from_generator(first_rows, gen_kwargs=how).with_format('arrow')
+    if not path.exists():
+        # a part of a set does not have the sizes that its card tells
+        return datasets.load_dataset(
+            source, data_files=files or None, split='train',
+            verification_mode='no_checks' if files else None).with_format('arrow')
+    found = [path]
+    if path.is_dir():
+        names = glob.glob(files or '**/*', root_dir=path, recursive=True)
+        found = [path / name for name in sorted(names)]
+    for suffix, builder in ('.parquet', 'parquet'), ('.tar', 'webdataset'):
+        tables = [glob.escape(str(f.resolve())) for f in found if f.suffix == suffix]
+        if tables:
+            rows = datasets.load_dataset(builder, data_files=dict(train=tables), split='train')
+            break
+    else:
+        rows = datasets.Dataset.from_dict(picture_folder(path, found, not files))
+    return rows.select(range(min(len(rows), limit or len(rows)))).with_format('arrow')
+
+@functools.lru_cache(4)
+def order_of(seed, epoch, n):
+    """The order in which n rows are gone through in an epoch."""
+    return torch.randperm(n, generator=generator(seed, 1, epoch))
+
+class Pictures:
     """Captioned pictures by position: the p-th sample of an endless shuffled stream that depends
     on (seed, p) alone.
 
-    source: a hub id, a folder of pictures (imagefolder), of parquet or of webdataset tar files, or
-    one such file; files narrows it to matching names. A dot in text_column reaches into a nested
-    one (json.prompt). A sample is a dict of 'pixels' (3, size, size) float32 in [-1, 1],
-    centre-cropped, 'text', and 'skipped': how many broken or tiny pictures (shorter side below
-    size / 2) were passed over to get it.
+    source, files, limit: as for load_rows. The columns: a dot reaches into a nested one; '' finds
+    the one that holds pictures, and the one that has a usual caption's name. captioned=False reads
+    no captions. A sample is a dict of 'pixels' (3, size, size) float32 in [-1, 1], centre-cropped,
+    'text', and 'trouble', a Counter by reason (TROUBLE) of what was passed over to get it; small
+    is a picture whose shorter side is below size / 2. Of several captions one is drawn.
     """
 
-    def __init__(self, source, files, image_column, text_column, size, seed, flag='--data'):
-        import datasets
+    def __init__(self, source, files, image_column, text_column, size, seed, flag='--data', limit=0,
+                 captioned=True):
         quiet()
         self.name = f'{flag} {source}'
         self.size = size
         self.seed = seed
-        self.epoch = None
-        path = Path(source)
-        options = dict(data_files=files) if files else {}
-        if path.is_file():
-            options = dict(data_files=str(source))
-            source = {'.parquet': 'parquet', '.tar': 'webdataset'}.get(path.suffix)
-            if source is None:
-                die(f'{self.name} is neither .parquet nor .tar; give such a file, a folder or a '
-                    'hub id')
-        elif not path.exists() and not hub_id(source):
+        if not Path(source).exists() and not hub_id(source):
             die(f'{self.name} does not exist')
         with sentence(f'{self.name} could not be loaded or downloaded; {flag} assets/toy/data runs '
                       'offline'):
-            rows = datasets.load_dataset(source, split='train', **options)
-            assert len(rows), 'it has no rows'
-        self.image_column = image_column
-        self.text_path = text_column.split('.')
-        for option, name in ('--image_column', image_column), ('--text_column', self.text_path[0]):
-            if name not in rows.column_names:
-                die(f'{option} {name}: {self.name} has no such column, only '
-                    f'{", ".join(rows.column_names)}')
-        if not isinstance(rows.features[image_column], datasets.Image):
-            die(f'--image_column {image_column} of {self.name} does not hold pictures')
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.rows = rows.select_columns([image_column, self.text_path[0]])
-        self.texts = rows.select_columns([self.text_path[0]])
+            self.rows = load_rows(source, files, limit)
+        self.home = Path(source) if Path(source).is_dir() else Path(source).parent  # of paths in it
+        if not len(self.rows):
+            die(f'{self.name} holds no .parquet, no .tar and no picture'
+                + (f' by the name {files}' if files else '')
+                + '; give a folder of them, such a file or a hub id')
+        # what the columns hold, by the first rows
+        heads = {}
+        for i in range(min(8, len(self.rows))):
+            for name, value in self._row(self.rows, i).items():
+                heads.setdefault(name, []).append(value)
+        every = ', '.join(heads)
+        pictures = [name for name, values in heads.items() if any(map(is_picture, values))]
+        texts = [name for name in heads if name.split('.')[-1].lower() in CAPTIONS]
+        # paths only where there is nothing better: a caption may look like one
+        own = [name for name in pictures if not any(isinstance(x, str) for x in heads[name])]
+        own = own or [name for name in pictures if name not in texts]
+        for option, named, fit, what, way_out in (
+                ('--image_column', image_column, own, 'pictures', ''),
+                ('--text_column', text_column, texts, 'captions',
+                 ', or put NAME.txt beside each picture NAME.jpg'))[:1 + captioned]:
+            if named and named not in heads:
+                die(f'{option} {named}: {self.name} has no such column, only {every}')
+            if not named and len(fit) != 1:
+                found = f'several columns of {what},' if fit else f'no column of {what} among'
+                die(f'{self.name} has {found} {", ".join(fit) or every}: name one with '
+                    f'{option}{way_out}')
+            if named and what == 'pictures' and named not in pictures:
+                die(f'{option} {named} of {self.name} does not hold pictures')
+        self.image_column = image_column or own[0]
+        self.text_column = (text_column or texts[0]) if captioned else None
+        self.said = f'{self.name}: {len(self.rows)} pictures in the column {self.image_column}'
+        self.said += f', captions in {self.text_column}' if captioned else ''
+        if captioned:                                           # read without their pictures
+            own = {self.text_column, self.text_column.split('.')[0]} & {*self.rows.column_names}
+            self.texts = self.rows.select_columns([*own])
+
+    @staticmethod
+    def _row(rows, place):
+        row, = rows[place].to_pylist()
+        return flat(row)
 
     def _place(self, position):
         epoch, place = divmod(position, len(self.rows))
-        if epoch != self.epoch:
-            stream = generator(self.seed, 1, epoch)
-            self.order = torch.randperm(len(self.rows), generator=stream)
-            self.epoch = epoch
-        return int(self.order[place])
+        return int(order_of(self.seed, epoch, len(self.rows))[place])
 
-    def _text(self, row):
-        """The caption in a row, None where there is none."""
-        for key in self.text_path:
-            row = row[key] if isinstance(row, dict) else row
-        row = row[0] if isinstance(row, list) and row else row
-        return row if isinstance(row, str) else None
+    def _text(self, row, position):
+        """The caption in a row, one drawn where there are several; None where there is none."""
+        if self.text_column is None:
+            return ''
+        values = row.get(self.text_column)
+        values = values if isinstance(values, list) else [values]
+        texts = [str(x).strip() for x in values if isinstance(x, (str, int, float)) and x == x]
+        texts = [text for text in texts if text]
+        if not texts:
+            return None
+        stream = generator(self.seed, 1, position, 1)
+        return texts[torch.randint(len(texts), (1,), generator=stream).item()]
 
     def captions(self, positions):
-        """The captions at these positions of the stream, '' for none; no picture is read."""
-        return [self._text(self.texts[self._place(p)]) or '' for p in positions]
+        """The captions at these positions of the stream, where there is none the next one; no
+        picture is read."""
+        found = []
+        for position in positions:
+            places = range(position, position + 2 * len(self.rows))
+            texts = (self._text(self._row(self.texts, self._place(p)), p) for p in places)
+            found.append(next((text for text in texts if text), ''))
+        return found
 
-    def _pixels(self, record):
+    def _pixels(self, value):
+        """A row's picture as a tensor, or why there is none, one of TROUBLE."""
+        value = value if isinstance(value, dict) else dict(bytes=value, path=value)
+        source = value['bytes'] if isinstance(value['bytes'], bytes) else value['path']
         try:
-            image = Image.open(io.BytesIO(record['bytes']) if record['bytes'] else record['path'])
-            if min(image.size) < self.size / 2:
-                return None
-            image = ImageOps.fit(image.convert('RGB'), (self.size, self.size), Image.LANCZOS)
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):
-            return None
+            if source is None:
+                return 'missing'
+            image = open_picture(source if isinstance(source, bytes) else self.home / source)
+        except FileNotFoundError:
+            return 'missing'
+        except BROKEN:
+            return 'broken'
+        if min(image.size) < self.size / 2:
+            return 'small'
+        image = ImageOps.fit(image, (self.size, self.size), Image.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def __getitem__(self, position):
-        most = min(len(self.rows), 1000)
-        for skipped in range(most):
-            row = self.rows[self._place(position + skipped)]
-            pixels, text = self._pixels(row[self.image_column]), self._text(row)
-            if pixels is not None and text is not None:
-                return dict(pixels=pixels, text=text, skipped=skipped)
-        raise Unreadable(f'{self.name}: {most} pictures in a row cannot be read, are smaller than '
-                         f'{self.size // 2} px or have no caption; put the files back, run again')
+        most = min(2 * len(self.rows), 1000)          # from amid an epoch, every row of the next
+        trouble = Counter()
+        for p in range(position, position + most):
+            row = self._row(self.rows, self._place(p))
+            text = self._text(row, p)
+            pixels = 'uncaptioned'
+            if text is not None:
+                pixels = self._pixels(row.get(self.image_column))
+            if not isinstance(pixels, str):
+                return dict(pixels=pixels, text=text, trouble=trouble)
+            trouble[pixels] += 1
+        reasons = ', '.join(f'{count} {reason}' for reason, count in trouble.items())
+        raise Unreadable(f'{self.name}: {most} pictures in a row cannot be used ({reasons}; small '
+                         f'is below {self.size // 2} px); put the files back, run again')
 
     def batches(self, mine, batch, its, workers):
-        """Iterates over this rank's share of the batches of iterations `its`: the samples `mine` of
-        0..batch-1. Decoding runs in worker processes."""
-        places = [it * batch + i for it in its for i in mine]
-        # fork, since a spawned worker would run the training script again from its first line; on a
-        # Mac, where forking is not safe, the pictures are decoded in the main process
-        workers = 0 if sys.platform == 'darwin' else workers
-        return iter(torch.utils.data.DataLoader(
-            self, batch_size=len(mine), sampler=places, num_workers=workers,
-            multiprocessing_context='fork' if workers else None,
-            pin_memory=torch.cuda.is_available()))
+        """This rank's share of the batches of iterations `its`, the samples `mine` of 0..batch-1:
+        dicts of 'pixels' (b, 3, size, size), 'text', a list, and 'trouble'. `workers` threads read
+        two batches ahead; 0: the caller's own reads when asked."""
+        pool = ThreadPoolExecutor(max(1, workers))
+        read = pool.map if workers else map
+        its = iter(its)
+        ahead = deque()
+        try:
+            while True:
+                for it in itertools.islice(its, (3 if workers else 1) - len(ahead)):
+                    ahead.append(read(self.__getitem__, [it * batch + i for i in mine]))
+                if not ahead:
+                    return
+                samples = list(ahead.popleft())
+                yield dict(pixels=torch.stack([x['pixels'] for x in samples]),
+                           text=[x['text'] for x in samples],
+                           trouble=sum((x['trouble'] for x in samples), Counter()))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 # --------------------------------------------------------------------------------------------------
 # pictures to look at

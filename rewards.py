@@ -392,13 +392,13 @@ def cmmd(x, y):
     """1000 x squared MMD of unit vectors x (N, D), y (M, D)."""
     return 1000 * (kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean()).item()
 
-def near_prompts(file, n):
+def near_prompts(file, n, blank=False):
     """The lines of FILE.hard.txt beside a prompt file FILE.txt, a list of near texts for each of
-    its n prompts; empty lists where there is no such file."""
+    its n prompts, read alike (blank); empty lists where there is no such file."""
     file = Path(file).with_suffix('.hard.txt')
     if not file.exists():
         return [[]] * n
-    near = [line.split('\t') for line in read_prompts(file)]
+    near = [line.split('\t') for line in read_prompts(file, blank=blank)]
     if len(near) != n:
         die(f'{file} has {len(near)} lines, not one for each of the {n} prompts')
     return near
@@ -407,7 +407,7 @@ def r_precision(clip, vectors, index, prompts, near, seed):
     """(N,) float64: 1 where of a picture with unit vector vectors[k] and prompt prompts[index[k]]
     the own prompt ranks first by `clip` among 32 texts: itself, up to 31 of near[i], others of
     `prompts` chosen by (seed, i)."""
-    different = dict.fromkeys(prompts)
+    different = dict.fromkeys(filter(None, prompts))
     choices = []
     for i in index:
         choice = [prompts[i], *near[i][:31]]

@@ -17,7 +17,7 @@ import model as m
 
 p = m.parser(__doc__)
 flag = p.add_argument
-flag('--ckpt', default='', help='run or student; empty: newest of out/stage2, out/stage1, shipped')
+flag('--ckpt', default='', help='run or student; empty: newest of out/stage[12]*, else shipped')
 flag('--teacher', action='store_true', help="draw with the student's base model instead")
 flag('--steps', type=int, default=4, help='sampling steps')
 flag('--cfg', type=float, default=7., help='guidance of the teacher; a student needs none')

@@ -13,10 +13,10 @@ G. In one iteration:
     python train_stage1.py                              # CUDA: SDXL; else the toy, in 4 minutes
     torchrun --nproc_per_node=8 train_stage1.py         # 8 GPUs, the same result
     python train_stage1.py --recipe sd3                 # SD3-Medium, LoRA
-    python train_stage1.py --recipe toy-dmd2 --out out/dmd2                # DMD2, for comparison
+    python train_stage1.py --recipe toy-dmd2            # DMD2, for comparison
 
-Running the same command again resumes. out/stage1 gets state-*/ (everything), student/ (a diffusers
-pipeline, or adapters), log.jsonl, samples-*.png, curves.png.
+Running the same command again resumes. out/stage1, or out/stage1-RECIPE, gets state-*/
+(everything), student/ (a diffusers pipeline, or adapters), log.jsonl, samples-*.png, curves.png.
 """
 
 import argparse
@@ -35,9 +35,11 @@ import model as m
 # settings: a recipe is a table of defaults, and every flag overrides its entry. The learning rates,
 # GAN weight and data of SDXL and SD3 are not in the paper. What was tried: assets/results.md
 
-T2I_2M = dict(
-    data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
-    text_column='json.prompt', prompts='assets/prompts.txt', sam='vit_b')
+# photographs under CC BY, 5.5 GB of them: a set of another model's pictures would teach its look
+PHOTOS = dict(
+    data='common-canvas/commoncatalog-cc-by', image_column='jpg', text_column='blip2_caption',
+    data_files='4/least_dim_range=1024-2048/aspect_ratio_bucket=1-1/*.parquet',
+    prompts='assets/prompts.txt', sam='vit_b')
 SHAPES = dict(
     data='assets/toy/data', data_files='train.parquet', image_column='image', text_column='text',
     prompts='assets/toy/data/prompts.txt', sam='assets/toy/sam.pth')
@@ -45,11 +47,11 @@ TOY = SHAPES | dict(
     batch=16, micro=16, iters=300, warmup=30, cooldown=100, cfg=3., gan_weight=.1, heads_lr=2e-4,
     save_every=100, sample_every=100, log_every=10)
 RECIPES = {
-    'sdxl': T2I_2M | dict(
+    'sdxl': PHOTOS | dict(
         model='stabilityai/stable-diffusion-xl-base-1.0', batch=64, micro=1, iters=1000, cfg=8.,
         gan_weight=1e-2, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50,
         checkpointing=True),
-    'sd3': T2I_2M | dict(
+    'sd3': PHOTOS | dict(
         model='stabilityai/stable-diffusion-3-medium-diffusers', lora=64, batch=32, micro=1,
         iters=4000, ttur=2, cfg=7., gan_weight=1e-2, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4,
         warmup=50, checkpointing=True),
@@ -66,7 +68,8 @@ p = m.parser(__doc__)
 flag = p.add_argument
 flag('--recipe', choices=['', *RECIPES], default='',
      help='table of defaults; empty: sdxl where the cards of this machine hold it, else toy')
-flag('--out', default='out/stage1', help='folder of the run; the same command resumes')
+flag('--out', help='folder of the run; the same command resumes. Default: out/stage1, or with '
+     '--recipe out/stage1-RECIPE')
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
@@ -76,10 +79,11 @@ flag('--offload', action=yes_no, default=False, help='text encoders wait in main
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
-flag('--image_column', help='column of the pictures')
-flag('--text_column', help='column of the captions; a dot reaches into a nested one')
+flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
+flag('--image_column', help='column of the pictures; empty: the one there is')
+flag('--text_column', help='column of the captions (a.b: nested); empty: by the usual names')
 flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
-flag('--workers', type=int, default=2, help='data decoding processes per rank; 0: the main process')
+flag('--workers', type=int, default=2, help='threads per rank that read pictures; 0: the main one')
 flag('--steps', type=int, default=4, help="the student's sampling steps")
 flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
 flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
@@ -118,8 +122,10 @@ flag('--check', action=yes_no, default=False,
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # --------------------------------------------------------------------------------------------------
 
-recipe = p.parse_known_args()[0].recipe or m.default_recipe(p, RECIPES)
-p.set_defaults(**RECIPES[recipe])
+given = p.parse_known_args()[0].recipe
+recipe = given or m.default_recipe(p, RECIPES)
+p.set_defaults(**RECIPES[recipe], out=m.default_out(1, given))
+m.give_way(p, 'data', 'data_files', 'image_column', 'text_column')
 chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
 if chosen.gan == 'latent':
@@ -134,7 +140,7 @@ if args.check:
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
-           timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
 if args.cpu_offload and args.lora:
@@ -148,6 +154,7 @@ if args.check and rank == 0:
     m.remove(Path(args.out))
 m.dist.barrier()
 out = m.writable_folder(args.out, '--out')
+lock = m.hold(out)                                          # while this process lives
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 if rank == 0:
@@ -213,7 +220,8 @@ if args.gan_crop % scale or args.gan_crop > base.size:
 
 # -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(
-    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
+    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed,
+    limit=args.data_limit)
 prompts = m.read_prompts(args.prompts)[:8]
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
@@ -222,8 +230,9 @@ grid_noise = grid_noise.to(device)
 loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'{count:.1f} M trained parameters, {len(pictures.rows)} pictures, steps '
+    print(f'{count:.1f} M trained parameters, steps '
           f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}')
+    print(pictures.said)
     shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
     print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
 if args.sample_every:
@@ -319,7 +328,7 @@ for it in range(start, args.iters + 1):
 
     # -- one distillation --------------------------------------------------------------------------
     rows = next(loader)
-    log.skipped += int(rows['skipped'].sum())
+    log.data.update(rows['trouble'], cut=base.cut(rows['text']))
     batches = list(micro_batches(it, rows))                  # both halves below go through them
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
@@ -414,9 +423,10 @@ for it in range(start, args.iters + 1):
 
 # -- the end ---------------------------------------------------------------------------------------
 faulthandler.cancel_dump_traceback_later()
+trouble = log.trouble()
 if rank == 0 and it < args.iters:
-    print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
-          'from there')
+    where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
+    print(f'told to stop (SIGTERM) after iteration {it}, {where}')
 elif args.check:
     most = max(m.gathered(m.peak(device)))
     if rank == 0:
@@ -426,6 +436,6 @@ elif args.check:
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
-          f'minutes, {log.dropped} iterations with a dropped update, {log.skipped} pictures '
-          f'skipped; python sample.py --ckpt {out}')
+          f'minutes, {log.dropped} iterations with a dropped update; pictures passed over '
+          f'and captions cut: {trouble or "none"}; python sample.py --ckpt {out}')
 m.dist.destroy_process_group()

@@ -37,15 +37,17 @@ import rewards as R
 # settings: the recipe's, over them what stage 1 was told (args.json), over them the command line.
 # Learning rates, beta and weights are not in the paper. What was tried: assets/results.md
 
-T2I_2M = dict(
-    data='jackyhate/text-to-image-2M', data_files='data_1024_10K/*.tar', image_column='jpg',
-    text_column='json.prompt', prompts='assets/prompts.txt', sam='vit_b')
+# photographs under CC BY, 5.5 GB of them: a set of another model's pictures would teach its look
+PHOTOS = dict(
+    data='common-canvas/commoncatalog-cc-by', image_column='jpg', text_column='blip2_caption',
+    data_files='4/least_dim_range=1024-2048/aspect_ratio_bucket=1-1/*.parquet',
+    prompts='assets/prompts.txt', sam='vit_b')
 SHAPES = dict(
     data='assets/toy/data', data_files='train.parquet', image_column='image', text_column='text',
     prompts='assets/toy/data/prompts.txt', sam='assets/toy/sam.pth', judge='assets/toy/clip',
     pickscore='assets/toy/pickscore', real='assets/toy/data', real_files='test.parquet')
 RECIPES = {
-    'sdxl': T2I_2M | dict(
+    'sdxl': PHOTOS | dict(
         lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2, batch=64, micro=1, iters=2000,
         student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6, warmup=50, checkpointing=True,
         critic_warmup=100, log_every=6),
@@ -66,15 +68,17 @@ LORA_RATES = dict(
     sdxl=dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5),
     toy=dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4))
 # what stage 1 hands on, if its args.json lies beside the student
-HANDED = ('offload sam data data_files image_column text_column prompts workers cfg gan gan_weight '
-          'gan_crop split ttur couple batch micro heads_lr checkpointing save_dtype').split()
+HANDED = ('offload sam data data_files image_column text_column data_limit prompts workers cfg '
+          'gan gan_weight gan_crop split ttur couple batch micro heads_lr checkpointing '
+          'save_dtype').split()
 
 p = m.parser(__doc__)
 flag = p.add_argument
 flag('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's")
 flag('--init', default='',
-     help='run of stage 1, or a student; empty: out/stage1, else the shipped student')
-flag('--out', default='out/stage2', help='folder of the run; the same command resumes')
+     help='run of stage 1, or a student; empty: out/stage1 (-RECIPE), else the shipped one')
+flag('--out', help='folder of the run; the same command resumes. Default: out/stage2, or with '
+     '--recipe out/stage2-RECIPE')
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
@@ -84,10 +88,11 @@ flag('--offload', action=yes_no, default=False, help='text encoders wait in main
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
-flag('--image_column', help='column of the pictures')
-flag('--text_column', help='column of the captions; a dot reaches into a nested one')
+flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
+flag('--image_column', help='column of the pictures; empty: the one there is')
+flag('--text_column', help='column of the captions (a.b: nested); empty: by the usual names')
 flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
-flag('--workers', type=int, default=2, help='data decoding processes per rank; 0: the main process')
+flag('--workers', type=int, default=2, help='threads per rank that read pictures; 0: the main one')
 flag('--steps', type=int, default=4, help="the student's sampling steps")
 flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
 flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
@@ -147,7 +152,7 @@ flag('--real_files', default='', help='which files of --real')
 # --------------------------------------------------------------------------------------------------
 
 chosen = p.parse_known_args()[0]
-folder, origin = m.find_student(chosen.init, '--init', ['out/stage1'])
+folder, origin = m.find_student(chosen.init, '--init', m.default_out(1, chosen.recipe))
 recipe = chosen.recipe or origin['recipe']
 if recipe not in RECIPES:
     m.die(f'--init {folder}: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
@@ -161,12 +166,16 @@ with m.sentence(f'--init: {file} is damaged; choose another --init'):
     handed = {name: handed[name] for name in HANDED if name in handed}
     odd = [name for name, value in handed.items() if isinstance(value, (list, dict))]
     assert not odd, f'{odd} cannot be'
-p.set_defaults(**RECIPES[recipe])
+p.set_defaults(**RECIPES[recipe], out=m.default_out(2, chosen.recipe))
 if adapters['rank']:
     p.set_defaults(**LORA_RATES.get(recipe, {}))
 p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
+if p.get_default('data') != RECIPES[recipe]['data']:
+    p.set_defaults(real='', real_files='')
+m.give_way(p, 'data', 'data_files', 'image_column', 'text_column', 'real', 'real_files')
+m.give_way(p, 'real', 'real_files')
 args = p.parse_args()
 args.recipe, args.init = recipe, str(folder)
 if args.check:                               # a distillation and a preference update
@@ -183,7 +192,7 @@ if args.lora != adapters['rank']:
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
-           timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
 if args.cpu_offload and args.lora:
@@ -197,6 +206,7 @@ if args.check and rank == 0:
     m.remove(Path(args.out))
 m.dist.barrier()
 out = m.writable_folder(args.out, '--out')
+lock = m.hold(out)                                          # while this process lives
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 if rank == 0:
@@ -315,7 +325,8 @@ def reward(z, t, prompts):
 
 # -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(
-    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed)
+    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed,
+    limit=args.data_limit)
 prompts = m.read_prompts(args.prompts)[:8]
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
@@ -327,6 +338,7 @@ rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts 
 if rank == 0:
     print(f'from {folder}, iteration {origin["iteration"]}; weights and moments of its state: '
           f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
+    print(pictures.said)
     print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
     print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
           f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
@@ -340,9 +352,10 @@ near = R.near_prompts(args.prompts, len(watched))
 watched = watched[:args.eval_n]
 clip = scorers.get('clip')
 if clip and args.eval_every and rank == 0:
-    source, files = (args.real, args.real_files) if args.real else (args.data, args.data_files)
-    photos = m.Pictures(source, files, args.image_column, args.text_column, base.size, args.seed,
-                        '--real')
+    photos = pictures
+    if args.real:
+        photos = m.Pictures(
+            args.real, args.real_files, '', '', base.size, args.seed, '--real', captioned=False)
     photos = [photos[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(photos.rows)))]
     photos = torch.cat([clip.embed_images(x.to(device)).cpu() for x in photos])           # (n, D)
 # the networks that judge wait in main memory while the run trains, but for one that is the reward
@@ -500,6 +513,7 @@ for it in range(start, args.iters + 1):
         t_next = steps[s + 1:s + 2]
         a, sigma = schedule.alpha(t_next), schedule.sigma(t_next)
         texts = captions(it)
+        log.data.update(cut=base.cut(texts))
         y = base.encode(texts)
         eps, _ = m.draw(args.seed, it, mine, (S + args.candidates, *base.latent_shape))
         for k in range(0, len(mine), args.micro):
@@ -543,7 +557,7 @@ for it in range(start, args.iters + 1):
 
     # -- one distillation --------------------------------------------------------------------------
     rows = next(loader)
-    log.skipped += int(rows['skipped'].sum())
+    log.data.update(rows['trouble'], cut=base.cut(rows['text']))
     batches = list(micro_batches(it, rows))                  # both halves below go through them
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
@@ -638,9 +652,10 @@ for it in range(start, args.iters + 1):
 
 # -- the end ---------------------------------------------------------------------------------------
 faulthandler.cancel_dump_traceback_later()
+trouble = log.trouble()
 if rank == 0 and it < args.iters:
-    print(f'told to stop (SIGTERM) after iteration {it}, saved in {out}: the same command goes on '
-          'from there')
+    where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
+    print(f'told to stop (SIGTERM) after iteration {it}, {where}')
 elif args.check:
     most = max(m.gathered(m.peak(device)))
     if rank == 0:
@@ -650,6 +665,6 @@ elif args.check:
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
-          f'minutes, {log.dropped} iterations with a dropped update, {log.skipped} pictures '
-          f'skipped; python sample.py --ckpt {out}')
+          f'minutes, {log.dropped} iterations with a dropped update; pictures passed over '
+          f'and captions cut: {trouble or "none"}; python sample.py --ckpt {out}')
 m.dist.destroy_process_group()

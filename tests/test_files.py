@@ -7,13 +7,16 @@ Data, saved states, the exported student and the toy world's files.
 import argparse
 import ast
 import contextlib
+import inspect
 import io
+import itertools
 import json
 import os
 import pickle
 import re
 import shutil
 import tarfile
+import threading
 from collections import Counter
 
 import datasets
@@ -22,8 +25,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import make_toy
 import model as m
@@ -67,7 +71,7 @@ def test_every_kind_of_source(tmp_path):
     sample = data(folder_of_pictures(tmp_path / 'a'))[0]
     assert sample['pixels'].shape == (3, 64, 64)
     assert sample['text'].startswith('picture')
-    assert sample['skipped'] == 0
+    assert not sample['trouble']
     assert -1 <= sample['pixels'].min() and sample['pixels'].max() <= 1
     assert data(TOY / 'data/train.parquet')[0]['text'].startswith('a ')
     assert tar_of_pictures(tmp_path / 'shard.tar', ['', '', ''])[0]['text'].startswith('tar')
@@ -83,22 +87,248 @@ def test_an_archive_writes_nothing_outside(tmp_path):
     for place in (ROOT, ROOT.parent, tmp_path.parent):
         assert not list(place.glob('up*'))
 
-def test_broken_and_tiny_pictures_are_skipped_and_counted(tmp_path):
-    """The next one of the stream is taken; a caption that is missing counts as well."""
-    folder = folder_of_pictures(tmp_path / 'a')
+def test_what_cannot_be_used_is_passed_over_and_counted_by_reason(tmp_path):
+    """The next one of the stream is taken."""
+    folder = folder_of_pictures(tmp_path / 'a', 8)
     (folder / '1.png').write_bytes(png()[:60])
     (folder / '2.png').write_bytes(png((20, 20)))
     (folder / '3.png').write_bytes(b'not a picture')
-    lines = (folder / 'metadata.jsonl').read_text().replace('"picture 4"', 'null')
+    (folder / '6.png').unlink()
+    lines = (folder / 'metadata.jsonl').read_text()
+    lines = lines.replace('"picture 4"', 'null').replace('"picture 7"', '" "')
     (folder / 'metadata.jsonl').write_text(lines)
     pictures = data(folder)
-    samples = [pictures[i] for i in range(6)]
+    samples = [pictures[i] for i in range(8)]
     assert {s['text'] for s in samples} == {'picture 0', 'picture 5'}
-    order = [pictures._place(i) for i in range(12)]
+    why = {1: 'broken', 2: 'small', 3: 'broken', 4: 'uncaptioned', 6: 'missing', 7: 'uncaptioned'}
+    order = [pictures._place(i) for i in range(16)]
     for i, sample in enumerate(samples):
-        sound = [k in (0, 5) for k in order[i:]]
-        assert sample['skipped'] == sound.index(True)
-    assert pictures.captions(range(6)).count('') == 1
+        passed = itertools.takewhile(lambda k: k in why, order[i:])
+        assert sample['trouble'] == Counter(why[k] for k in passed)
+    # the prompts of the preference updates: the same rule, but no picture is looked at
+    spoken = [next(k for k in order[i:] if k not in (4, 7)) for i in range(8)]
+    assert pictures.captions(range(8)) == [f'picture {k}' for k in spoken]
+
+# --------------------------------------------------------------------------------------------------
+# pictures and sets as people have them
+
+def scene(size=96):
+    """Red, green; blue, white."""
+    a = np.zeros((size, size, 3), np.uint8)
+    half = size // 2
+    a[:half, :half, 0] = a[:half, half:, 1] = a[half:, :half, 2] = a[half:, half:] = 255
+    return Image.fromarray(a)
+
+def saved(image, kind, **how):
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[274] = orientation
+    return tags
+
+def disc():
+    """A picture of mode RGBA, opaque red in the middle of transparent noise; and what it shows."""
+    y, x = np.mgrid[:96, :96]
+    inside = (y - 48) ** 2 + (x - 48) ** 2 < 900
+    a = np.random.default_rng(0).integers(0, 255, (96, 96, 4), np.uint8)
+    a[..., 3] = 255 * inside
+    a[inside, :3] = 255, 0, 0
+    shown = np.full((96, 96, 3), 255)
+    shown[inside] = 255, 0, 0
+    return Image.fromarray(a), shown
+
+def pictures_as_people_have_them():
+    """{kind: (its bytes, the pixels that a viewer shows)}."""
+    rgb, grey = scene(), scene().convert('L')
+    x, y = np.array(rgb), np.array(grey)
+    black = [Image.new('RGB', (96, 96))]
+    turned = [Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+              Image.ROTATE_90, Image.TRANSVERSE, Image.ROTATE_270]
+    found = {f'EXIF {k}': (saved(rgb.transpose(how), 'PNG', exif=exif(k)), x)
+             for k, how in enumerate(turned, 2)}
+    found['EXIF of JPEG'] = saved(rgb.transpose(Image.ROTATE_90), 'JPEG', exif=exif(6)), x
+    rgba, shown = disc()
+    palette = Image.fromarray(1 * (shown[..., 1] == 0).astype(np.uint8), 'P')
+    palette.putpalette([255, 0, 255, 255, 0, 0])
+    found |= {
+        'alpha': (saved(rgba, 'PNG'), shown), 'alpha of WebP': (
+            saved(rgba, 'WEBP', lossless=True), shown),
+        'transparent entry': (saved(palette, 'PNG', transparency=0), shown),
+        'palette': (saved(rgb.convert('P', palette=Image.ADAPTIVE), 'PNG'), x),
+        'CMYK': (saved(rgb.convert('CMYK'), 'JPEG', quality=95), x),
+        'grey': (saved(grey, 'PNG'), y[..., None] + 0 * x),
+        'float': (saved(Image.fromarray(y.astype(np.float32) / 255), 'TIFF'), y[..., None] + 0 * x),
+        'first frame': (saved(rgb, 'GIF', save_all=True, append_images=black), x)}
+    for kind in ('PNG', 'TIFF'):
+        wide = Image.fromarray(y.astype(np.uint16) * 257)
+        found[f'16 bits of {kind}'] = saved(wide, kind), y[..., None] + 0 * x
+    return found
+
+@pytest.mark.parametrize('kind', pictures_as_people_have_them())
+def test_a_picture_is_what_a_viewer_shows(kind, tmp_path):
+    """By the one function that opens pictures: in training..."""
+    data, shown = pictures_as_people_have_them()[kind]
+    opened = np.asarray(m.open_picture(data)).astype(int)
+    assert opened.shape == shown.shape
+    assert np.abs(opened - shown).mean() < 3
+    datasets.Dataset.from_dict(dict(image=[data], text=['x'])).to_parquet(tmp_path / 'a.parquet')
+    pixels = m.Pictures(str(tmp_path), '', '', '', 96, 0)[0]['pixels'].permute(1, 2, 0)
+    assert np.abs((pixels.numpy() + 1) * 127.5 - shown).mean() < 3
+
+def test_all_scripts_open_pictures_by_one_function():
+    for file in ROOT.glob('*.py'):
+        opens = file.read_text().count('Image.open(')
+        # besides: what a value is, a picture's size, a prompt inside
+        assert opens == dict(model=2, evaluate=2).get(file.stem, 0), file
+
+@pytest.mark.parametrize('folder', ['plain', 'a train [v2] (x) of tests', '\u540d\u524d Jos\u00e9'])
+def test_all_files_of_a_folder_are_one_set(folder, tmp_path):
+    """Whatever split's name is in a file's: of pictures, of parquet and of tar files; a pattern
+    narrows them."""
+    folder = tmp_path / folder
+    names = 'a train.png', 'crash test.jpg', 'dev/board.png', 'train/x.PNG', 'validation/val.webp'
+    for name in names:
+        file = folder / 'pictures' / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scene().save(file)
+        file.with_suffix('.txt').write_text(name)
+    tables = folder / 'tables'
+    tables.mkdir()
+    for name in ('test', 'train', 'val-0001'):
+        row = dict(jpg=[png()], caption=[name])
+        datasets.Dataset.from_dict(row).to_parquet(tables / f'{name}.parquet')
+
+    def texts(*source):
+        pictures = m.Pictures(*map(str, source), '', '', 64, 0)
+        return {pictures[i]['text'] for i in range(len(pictures.rows))}
+
+    assert texts(folder / 'pictures', '') == {*names}
+    assert texts(folder / 'pictures', '**/*train*') == {'a train.png'}
+    assert texts(folder / 'pictures', 'train/*') == {'train/x.PNG'}
+    assert texts(tables, '') == {'test', 'train', 'val-0001'}
+    assert texts(tables, 'val*.parquet') == texts(tables / 'val-0001.parquet', '') == {'val-0001'}
+
+def rows_of(folder, **columns):
+    """A parquet file of two rows; pictures beside it for those that name them."""
+    (folder / 'sub').mkdir(parents=True)
+    for name in ('a', 'b'):
+        (folder / f'sub/{name}.png').write_bytes(png())
+    datasets.Dataset.from_dict(columns).to_parquet(folder / 'x.parquet')
+    return str(folder)
+
+PATHS, BYTES = ['sub/a.png', 'sub/b.png'], [png(), png()]
+RECORDS = [dict(bytes=png(), path=None)] * 2
+
+@pytest.mark.parametrize('columns, image, text', [
+    (dict(image=RECORDS, text=['x', 'y']), 'image', 'text'),
+    (dict(picture=BYTES, CAPTION=['x', 'y'], id=[1, 2]), 'picture', 'CAPTION'),
+    (dict(file=PATHS, prompt=[['x'], ['y']]), 'file', 'prompt'),
+    (dict(image=BYTES, file_name=PATHS, text=['x', 'a.png']), 'image', 'text'),
+    (dict(sample=[dict(image=r, json=dict(prompt='x')) for r in RECORDS]), 'sample.image',
+     'sample.json.prompt'),
+    (dict(jpg=BYTES, txt=[7, 8]), 'jpg', 'txt')])
+def test_columns_are_found(columns, image, text, tmp_path):
+    """And said. A number is a caption like others; a caption may look like a path."""
+    pictures = m.Pictures(rows_of(tmp_path / 'a', **columns), '', '', '', 64, 0)
+    assert pictures.said.endswith(f'2 pictures in the column {image}, captions in {text}')
+    sample = pictures[0]
+    assert sample['pixels'].shape == (3, 64, 64)
+    assert [sample['text']] == pictures.captions([0])
+    named = m.Pictures(str(tmp_path / 'a'), '', image, text, 64, 0)[0]
+    assert named['text'] == sample['text'] and torch.equal(named['pixels'], sample['pixels'])
+
+@pytest.mark.parametrize('columns, says', [
+    (dict(image=BYTES, mask=BYTES, text=['x', 'y']),
+     'several columns of pictures, image, mask: name one with --image_column'),
+    (dict(image=BYTES, text=['x', 'y'], prompt=['x', 'y']),
+     'several columns of captions, text, prompt: name one with --text_column'),
+    (dict(image=BYTES, words=['x', 'y']),
+     'no column of captions among image, words: name one with --text_column'),
+    (dict(url=['http://a.b/c.png'] * 2, text=['x', 'y']),
+     'no column of pictures among url, text: name one with --image_column')])
+def test_columns_that_cannot_be_told_are_listed(columns, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        m.Pictures(rows_of(tmp_path / 'a', **columns), '', '', '', 64, 0)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+def test_real_pictures_need_no_captions(tmp_path):
+    rows_of(tmp_path / 'a', image=BYTES)
+    for folder in (tmp_path / 'a', tmp_path / 'a/sub'):
+        pictures = m.Pictures(str(folder), '', '', '', 64, 0, '--real', captioned=False)
+        assert pictures[0]['pixels'].shape == (3, 64, 64)
+        assert len(pictures.rows) == 2
+
+def captioned(folder, files):
+    """A folder of the pictures a.png, b.png and sub/c.jpg with these other files."""
+    for name in ('a.png', 'b.png', 'sub/c.jpg'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        scene().save(folder / name)
+    for name, text in files.items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(folder)
+
+CSV = 'file_name,caption\n"a.png","a, ""q"""\nb.png,None\n'
+
+@pytest.mark.parametrize('files, texts, trouble', [
+    ({'a.txt': 'A', 'b.caption': 'B\n', 'sub/c.txt': 'C', 'a.npz': 'x'}, {'A', 'B', 'C'}, 0),
+    ({'a.txt': '\ufeffA', 'b.txt': ' \n', 'sub/c.txt': 'C'}, {'A', 'C'}, 1),
+    ({'metadata.csv': CSV, 'sub/metadata.csv': 'file_name,caption\nc.jpg,C'},
+     {'a, "q"', 'None', 'C'}, 0),
+    ({'metadata.csv': '\ufefffile_name;text\r\na.png;7\r\nb.png;\r\nsub/c.jpg;C'}, {'7', 'C'}, 1),
+    ({'metadata.jsonl': '{"file_name": "a.png", "text": "A\u2028\\"x"}\n\n'
+                        '{"image": "b.png", "text": 7}\n'}, {'A\u2028"x', '7'}, 1),
+    ({'metadata.jsonl': '{"file_name": "sub\\\\c.jpg", "text": "C"}'}, {'C'}, 2)])
+def test_captions_beside_pictures(files, texts, trouble, tmp_path):
+    """NAME.txt, NAME.caption, metadata.jsonl and .csv, in subfolders too; those without are
+    counted."""
+    pictures = m.Pictures(captioned(tmp_path / 'a', files), '', '', '', 64, 0)
+    assert len(pictures.rows) == 3
+    samples = [pictures[i] for i in range(3)]
+    assert {sample['text'] for sample in samples} == texts
+    lone = {str(sample['trouble']) for sample in samples} - {'Counter()'}
+    assert bool(lone) == bool(trouble)
+    assert {*pictures.captions(range(3))} == texts
+
+def test_one_of_several_captions_is_drawn_by_seed_and_position(tmp_path):
+    files = {f'{name}.txt': '\n'.join(f'{name}{k}' for k in range(4))
+             for name in ('a', 'b', 'sub/c')}
+    folder = captioned(tmp_path / 'a', files)
+    one, two, other = (m.Pictures(folder, '', '', '', 64, seed) for seed in (0, 0, 1))
+    texts = [one[i]['text'] for i in range(60)]
+    assert texts == [two[i]['text'] for i in range(60)] == one.captions(range(60))
+    assert len({*texts}) == 12
+    assert texts != [other[i]['text'] for i in range(60)]
+
+def test_captions_longer_than_the_text_encoders_read(toy):
+    assert toy.cut(['a red circle', 'a red circle on blue ' * 30, '']) == 1
+
+def test_a_limit_takes_the_first(tmp_path, monkeypatch):
+    """Of a hub id no more than that is fetched, and what was fetched is kept."""
+    rows = dict(jpg=RECORDS * 20, text=[str(i) for i in range(40)])
+    folder = tmp_path / 'set'
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(folder / 'a.parquet')
+    pictures = m.Pictures(str(folder), '', '', '', 64, 0, limit=7)
+    assert {*pictures.captions(range(7))} == {*map(str, range(7))}
+    read = []
+    load = datasets.load_dataset
+
+    def hub(source, data_files, split, streaming=False):
+        assert (source, data_files, split, streaming) == ('some/photos', 'a*', 'train', True)
+        stream = load(str(folder), split='train', streaming=True)
+        return stream.map(lambda x: read.append(1) or x, features=stream.features)
+
+    monkeypatch.setattr(datasets, 'load_dataset', hub)
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+    for _ in range(2):
+        pictures = m.Pictures('some/photos', 'a*', '', '', 64, 0, limit=5)
+        assert {*pictures.captions(range(5))} == {*map(str, range(5))}
+        assert pictures[0]['pixels'].shape == (3, 64, 64)
+    assert len(read) <= 6
 
 def test_centre_crop(tmp_path):
     wide = Image.new('RGB', (192, 64), 'red')
@@ -126,30 +356,52 @@ def test_batches_do_not_depend_on_ranks_or_workers():
     assert texts(range(8), [63, 66]) == [one[1], one[4]]
     epoch = [text for batch in texts(range(8), range(64)) for text in batch]
     assert epoch == pictures.captions(range(512))
-    assert Counter(epoch) == Counter(pictures.rows['text'])
-    assert epoch[:64] != pictures.rows['text'][:64]
+    held = [pictures._row(pictures.texts, i)['text'] for i in range(512)]
+    assert Counter(epoch) == Counter(held)
+    assert epoch[:64] != held[:64]
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_files_that_disappear(workers, tmp_path):
-    """A few are skipped and counted; all of them end the run with a sentence, from a worker too."""
+    """A few are skipped and counted; all of them end the run with a sentence, from a thread too."""
     folder = folder_of_pictures(tmp_path / 'a', 12)
     batches = data(folder).batches(range(4), 4, range(400), workers)
     next(batches)
     for k in range(4):
         (folder / f'{k}.png').unlink()
     found = [next(batches) for _ in range(20)]
-    assert sum(rows['skipped'].sum().item() for rows in found) > 5
+    assert sum(rows['trouble']['missing'] for rows in found) > 5
     assert all(len(rows['text']) == 4 for rows in found)
     shutil.rmtree(folder)
     with pytest.raises(m.Unreadable) as error:
         list(batches)
-    assert f'--data {folder}: 12 pictures in a row cannot be read' in str(error.value)
+    assert f'--data {folder}: 24 pictures in a row cannot be used (24 missing' in str(error.value)
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_pictures_are_read_a_little_ahead_by_threads_of_this_process(workers, tmp_path):
+    """A process that is forked beside a process group may hang. With none, in the caller's own."""
+    pictures = data(folder_of_pictures(tmp_path / 'a', 12))
+    read, seen = pictures.__getitem__, []
+
+    class Watched(m.Pictures):
+        def __getitem__(self, position):
+            seen.append((position, os.getpid(), threading.get_ident()))
+            return read(position)
+
+    pictures.__class__ = Watched
+    batches = pictures.batches(range(4), 4, range(100), workers)
+    for k in range(5):
+        next(batches)
+    batches.close()
+    places, processes, threads = map(set, zip(*seen))
+    assert processes == {os.getpid()}
+    assert (threading.get_ident() in threads) == (not workers)
+    assert max(places) < 4 * (5 + (2 if workers else 0))
 
 @pytest.mark.parametrize('error, says', [
-    (m.Unreadable('Caught Unreadable in worker 0.\nOriginal\nmodel.Unreadable: --data x: 12 in a '
-                  'row'), '--data x: 12 in a row'),
-    (OSError(28, 'No space left on device', 'out/log.jsonl'), 'out/log.jsonl: no space left'),
-    (RuntimeError('DataLoader worker (pid 3) is killed by signal: Killed.'), 'a data worker died'),
+    (m.Unreadable('--data x: 12 in a row'), '--data x: 12 in a row'),
+    (OSError(28, 'No space left on device', 'out/log.jsonl'),
+     'out/log.jsonl: No space left on device, by the disk, a quota or the number of files'),
+    (OSError(122, 'Disk quota exceeded', 'x'), 'x: Disk quota exceeded, by the disk, a quota'),
     (RuntimeError('[gloo/pair.cc] Connection closed by peer'), 'another rank is lost')])
 def test_last_words(error, says, group, capsys, monkeypatch):
     """Ends that are known are one line and code 2, not a traceback."""
@@ -177,7 +429,8 @@ def pieces(seed=0, width=3):
 
 def settings(**change):
     """A script's arguments, as far as states look at them."""
-    return argparse.Namespace(**dict(model='a', iters=100, batch=4, disk_full='stop') | change)
+    own = dict(model='a', lora=0, iters=100, batch=4, disk_full='stop')
+    return argparse.Namespace(**own | change)
 
 def save(folder, it, weights, opts, **change):
     with contextlib.redirect_stdout(io.StringIO()):
@@ -294,6 +547,7 @@ def test_no_sound_state_is_an_end_and_stays_one(group, tmp_path, capfd):
 
 @pytest.mark.parametrize('change, says', [
     (dict(model='b'), 'holds a run of --model a, not b; choose another --out'),
+    (dict(lora=8), 'holds a run of --lora 0, not 8; choose another --out'),
     (dict(rl_ratio=5), 'holds a run of the other stage; choose another --out')])
 def test_another_run_is_refused(change, says, group, tmp_path, capsys):
     save(tmp_path, 30, *pieces()[1:])
@@ -312,6 +566,19 @@ def test_changed_settings_are_told_and_a_finished_run_is_no_error(group, tmp_pat
     assert 'is finished, at 30 of 30 iterations' in capsys.readouterr().out
     torch.distributed.init_process_group(                              # it left the group, too
         'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+def test_ten_dropped_updates_end_the_run_and_say_from_where_it_goes_on(group, tmp_path, capsys):
+    """A save is only spoken of where there is one."""
+    args = settings(log_every=1, wandb='')
+    for says in 'it begins anew, none is saved', 'it goes on from state-0000007':
+        log = m.Log(tmp_path, 0, torch.device('cpu'), args)
+        with pytest.raises(SystemExit) as stop:
+            for it in range(10):
+                log.count(it, [None])
+        assert (stop.value.code, it) == (2, 9)
+        assert says in capsys.readouterr().err
+        if not m.states_of(tmp_path):
+            save(tmp_path, 7, *pieces()[1:])
 
 @pytest.mark.parametrize('width, name', [(5, 'student'), (3, 'fake')])
 def test_a_state_of_other_networks_is_a_sentence(width, name, group, tmp_path, capsys):
@@ -382,8 +649,12 @@ def test_a_failed_write_leaves_the_old_one(kind, tmp_path):
     assert path.read_text() == 'old'
 
 def test_prompts_are_the_lines_that_say_something(tmp_path):
-    (tmp_path / 'p.txt').write_text('\n a fox \n\nb\u00fcro\n  \n', encoding='utf-8')
-    assert m.read_prompts(tmp_path / 'p.txt') == ['a fox', 'b\u00fcro']
+    """They end at \\n and \\r\\n alone, a BOM is none of them; blank ones where numbers count."""
+    text = '\ufeff a fox \r\n\r\nb\u00fcro\u2028x\x0by\x85z\x0cw\n  \nend\n'
+    (tmp_path / 'p.txt').write_bytes(text.encode())
+    lines = ['a fox', '', 'b\u00fcro\u2028x\x0by\x85z\x0cw', '', 'end']
+    assert m.read_prompts(tmp_path / 'p.txt', blank=True) == lines
+    assert m.read_prompts(tmp_path / 'p.txt') == [line for line in lines if line]
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='permissions do not bind root')
 def test_a_folder_without_write_permission(tmp_path, capsys):
@@ -409,6 +680,153 @@ def test_no_code_that_runs_what_it_reads():
             name = ast.unparse(call.func) if isinstance(call, ast.Call) else ''
             if name == 'torch.load' or name.endswith('load_state_dict_from_url'):
                 assert 'weights_only=True' in ast.unparse(call), (file.name, call.lineno)
+
+# --------------------------------------------------------------------------------------------------
+# bases as they are published
+
+def test_a_base_of_which_only_the_fp16_variant_is_there(toy, tmp_path):
+    m.load_pipeline(TOY / 'sdxl', '', torch.float16).save_pretrained(tmp_path, variant='fp16')
+    assert not list(tmp_path.glob('*/*model.safetensors'))
+    base = m.load_base(tmp_path)
+    net = base.trainable()
+    for name, w in toy.teacher.state_dict().items():
+        assert net.state_dict()[name].dtype == torch.float32
+        assert torch.equal(net.state_dict()[name], w.half().float())
+
+def test_a_base_in_one_file(toy, tmp_path, monkeypatch, capsys):
+    """By diffusers' own loader, configured by what lies beside it, and by a fine-tune's mark that
+    it predicts v. Offline and alone, and no safetensors at all: a sentence."""
+    file = tmp_path / 'x.safetensors'
+    save_file({'model.diffusion_model.x': torch.zeros(1), 'v_pred': torch.zeros(1)}, file)
+    (tmp_path / 'y.safetensors').write_text('not one')
+    for path in file, tmp_path / 'y.safetensors':
+        with pytest.raises(SystemExit) as stop:
+            m.load_base(path)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert f'--model {path} is not the .safetensors file of an SDXL or SD3 model, or' in said
+    (tmp_path / 'model_index.json').write_text('{}')
+    calls = []
+
+    def whole(path, **how):
+        calls.append((path, how))
+        return m.load_pipeline(TOY / 'sdxl', '', torch.float32)
+
+    def part(path, **how):
+        calls.append((path, how))
+        return getattr(toy.pipe, how['subfolder'])
+
+    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, 'from_single_file', whole)
+    for kind in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL):
+        monkeypatch.setattr(kind, 'from_single_file', part)
+    base = m.load_base(file)
+    base.trainable()
+    assert base.schedule.kind == 'v_prediction'
+    how = dict(dtype=torch.float32, config=str(tmp_path))
+    assert calls == [(str(file), how | extra) for extra in (
+        {}, dict(subfolder='vae'), dict(subfolder='unet'))]
+
+@pytest.mark.parametrize('change, says', [
+    (lambda pipe: pipe.unet.register_to_config(in_channels=9), 'fill in or edit pictures cannot'),
+    (lambda pipe: pipe.unet.register_to_config(sample_size=None), 'has no sample_size'),
+    (lambda pipe: pipe.register_modules(scheduler=diffusers.EDMEulerScheduler()), 'EDMEulerSch'),
+    (lambda pipe: pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True)), 'ends in pure noise (rescale_betas')])
+def test_a_base_that_cannot_be_distilled_is_a_sentence(change, says, monkeypatch, capsys):
+    pipe = m.load_pipeline(TOY / 'sdxl', '', torch.float32)
+    change(pipe)
+    monkeypatch.setattr(m, 'load_pipeline', lambda *a: pipe)
+    with pytest.raises(SystemExit) as stop:
+        m.load_base('x')
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said and said.startswith('error: --model')
+
+def test_statistics_of_a_vae_are_undone():
+    """latents_mean and latents_std, as diffusers' pipelines undo them."""
+    base = m.load_base(TOY / 'sdxl')
+    stream = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(16, generator=stream), torch.rand(16, generator=stream) + .5
+    base.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    mean, std = mean.view(1, 16, 1, 1), std.view(1, 16, 1, 1)
+    x = torch.randn(2, 3, 64, 64, generator=stream).clamp(-1, 1)
+    with torch.no_grad():
+        own = base.vae.encode(x).latent_dist.mean
+        z = base.latents(x)
+        scale = base.vae.config.scaling_factor
+        assert torch.allclose(z * std / scale + mean, own, atol=1e-4)
+        assert torch.allclose(base.decode(z), base.vae.decode(own).sample, atol=1e-4)
+
+KINDS = [kind for kind in KarrasDiffusionSchedulers.__members__ if kind not in (
+    'EDMEulerScheduler', 'DPMSolverSDEScheduler')]              # no table; needs another package
+ODD = dict(clip_sample=True, clip_sample_range=.1, thresholding=True, sample_max_value=.1,
+           timestep_spacing='trailing', steps_offset=3, set_alpha_to_one=False,
+           use_karras_sigmas=True, skip_prk_steps=True, variance_type='fixed_large')
+
+@pytest.mark.parametrize('levels', [
+    dict(prediction_type='epsilon'), dict(prediction_type='v_prediction'),
+    dict(prediction_type='v_prediction', rescale_betas_zero_snr=True),
+    dict(beta_schedule='linear', beta_start=1e-4, beta_end=.02),
+    dict(beta_schedule='squaredcos_cap_v2')], ids=str)
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.filterwarnings('ignore')                             # diffusers' own, of Karras sigmas
+def test_the_students_scheduler_is_the_sampler_of_training(kind, levels, monkeypatch):
+    """Whatever scheduler the base has, and however it is set: noise levels, steps, and what follows
+    from a network's output, large ones too."""
+    kind = getattr(diffusers, kind)
+    takes = inspect.signature(kind).parameters
+    if not levels.keys() <= takes.keys():
+        pytest.skip('it has no such setting')
+    betas = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012) | levels
+    if levels.get('beta_schedule') == 'squaredcos_cap_v2':
+        betas['prediction_type'] = 'v_prediction'
+    base = kind(**{k: v for k, v in ODD.items() if k in takes} | betas)
+    schedule = m.Schedule(base)
+    same_sampler(schedule, m.few_step_scheduler(base), monkeypatch)
+
+@pytest.mark.parametrize('beta_schedule', ['sigmoid', 'laplace'])
+def test_noise_levels_that_lcms_scheduler_cannot_compute(beta_schedule, monkeypatch):
+    base = diffusers.DDPMScheduler(beta_schedule=beta_schedule, prediction_type='v_prediction')
+    same_sampler(m.Schedule(base), m.few_step_scheduler(base), monkeypatch)
+
+@pytest.mark.parametrize('base', [
+    diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=3, use_dynamic_shifting=True, shift_terminal=.1),
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3, use_karras_sigmas=True),
+    diffusers.FlowMatchHeunDiscreteScheduler(shift=3),
+    diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3, prediction_type='flow_prediction')],
+    ids=['dynamic', 'Karras', 'Heun', 'UniPC'])
+def test_a_flows_scheduler_is_the_sampler_of_training(base, monkeypatch):
+    same_sampler(m.Schedule(base), m.few_step_scheduler(base), monkeypatch)
+
+def test_any_number_of_steps_is_plain_diffusers(toy):
+    """Also those that do not divide 1000."""
+    few = m.few_step_scheduler(toy.pipe.scheduler)
+    for n in (*range(1, 21), 30, 64):
+        few.set_timesteps(n)
+        assert few.timesteps.tolist() == toy.schedule.steps(n).tolist(), n
+
+def same_sampler(schedule, few, monkeypatch):
+    stream = torch.Generator().manual_seed(0)
+    steps, x = schedule.steps(4), 5 * torch.randn(2, 4, 8, 8, generator=stream)
+    if schedule.kind == 'flow':
+        few.set_timesteps(sigmas=[1, .75, .5, .25])
+    else:
+        few.set_timesteps(4)
+    assert few.timesteps.tolist() == steps.tolist()
+    noise = torch.randn(4, 2, 4, 8, 8, generator=stream)
+    fresh = iter(noise)
+    for module in ('lcm', 'flow_match_euler_discrete'):
+        monkeypatch.setattr(f'diffusers.schedulers.scheduling_{module}.randn_tensor',
+                            lambda *a, **k: next(fresh))
+    monkeypatch.setattr(torch, 'randn_like', lambda *a, **k: next(fresh))
+    for k, t in enumerate(few.timesteps):
+        out = 3 * torch.randn(x.shape, generator=stream)
+        x0 = schedule.x0(out, x, steps[k:k + 1].expand(2))
+        theirs = few.step(out, t, x).prev_sample
+        x = x0 if k == 3 else schedule.noised(x0, noise[k], steps[k + 1:k + 2].expand(2))
+        assert torch.allclose(theirs, x, rtol=1e-3, atol=1e-3 * x.abs().max())
 
 # --------------------------------------------------------------------------------------------------
 # the exported student

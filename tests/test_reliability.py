@@ -530,19 +530,3 @@ def meets(it, normals):
     assert run.returncode == -signal.SIGKILL
     assert time.time() - began < 10
     assert not m.states_of(tmp_path / 'run')
-
-def test_a_dead_data_worker_ends_the_run_with_a_sentence(tmp_path):
-    """torchrun --max-restarts, or the user, starts it again from the last save."""
-    script = hooked(tmp_path, '''
-def meets(it, normals):
-    if it == 3:
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        time.sleep(1)
-''')
-    done = start(script, *RUN, '--workers', 1, '--out', tmp_path / 'run')
-    assert done.returncode == 2, done.stderr[-2000:]
-    line, = errors(done.stderr)
-    assert 'error: rank 0: a data worker died' in line
-    assert '--workers' in line
-    assert done.stderr.count('\n') == 1, done.stderr
-    assert [state.name for state in m.states_of(tmp_path / 'run')] == ['state-0000002']

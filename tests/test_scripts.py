@@ -20,7 +20,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import model as m
@@ -46,8 +46,9 @@ def well(done):
     return done
 
 def stamps(*folders):
-    """{file: its size and time of writing}."""
+    """{file: its size and time of writing}, but for the lock."""
     files = [f for folder in folders for f in folder.rglob('*') if f.is_file()]
+    files = [f for f in files if f.name != '.lock']
     return {f: (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
 
 @pytest.fixture(scope='session')
@@ -152,14 +153,42 @@ def test_what_a_run_leaves_behind(plain):
         'state-0000002', 'state-0000004', 'student'}
     lines = rows(plain)
     for key in ('fake', 'gan/d', 'gan/g', 'gan/real', 'gan/made', 'grad/dm', 'grad/gan',
-                'norm/student', 'seconds', 'memory', 'dropped', 'skipped'):
+                'norm/student', 'seconds', 'memory', 'dropped', 'data/broken', 'data/cut'):
         assert all(np.isfinite(row[key]) for row in lines), key
     times = {k for row in lines for k in row if k.startswith('dm/')}
     assert times <= {'dm/999', 'dm/749', 'dm/499'}
     before = stamps(plain)
-    done = well(inside(*TRAIN, '--out', plain))
-    assert 'is finished, at 4 of 4 iterations' in done.stdout
-    assert stamps(plain) == before
+    for flags in [], ['--seed', 7, '--cfg', 2, '--no-split']:
+        done = well(inside(*TRAIN, *flags, '--out', plain))
+        assert 'is finished, at 4 of 4 iterations, and nothing is changed' in done.stdout
+        assert stamps(plain) == before
+
+def test_two_runs_in_one_folder(plain):
+    """The second says who has it and ends, on all ranks; the first loses nothing. When that is
+    gone, its name in the lock file means nothing."""
+    hold = ('import fcntl, sys, time; f = open(sys.argv[1], "a+"); fcntl.lockf(f, fcntl.LOCK_EX); '
+            'f.truncate(0); f.write("process 7 on moon"); f.flush(); print(1, flush=True); '
+            'time.sleep(99)')
+    holder = subprocess.Popen(
+        [sys.executable, '-c', hold, plain / '.lock'], stdout=subprocess.PIPE, text=True)
+    before = stamps(plain)
+    try:
+        holder.stdout.readline()
+        done = start(*TRAIN, '--micro', 1, '--iters', 6, '--out', plain, ranks=2)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert done.stderr.count('error: --out') == 1
+    assert f'--out {plain} is in use by another run, process 7 on moon; wait' in done.stderr
+    assert 'another rank is lost' not in done.stderr
+    assert done.returncode and stamps(plain) == before
+    assert 'is finished' in well(inside(*TRAIN, '--out', plain)).stdout
+    assert re.fullmatch(r'process \d+ on .+', (plain / '.lock').read_text())
+
+def test_every_recipe_has_a_folder_of_its_own():
+    """So that README's commands work one after another."""
+    assert m.default_out(1, '') == 'out/stage1'
+    assert m.default_out(2, 'sd3') == 'out/stage2-sd3'
 
 @pytest.mark.parametrize('flags, said', [
     (['--recipe', 'toy-dmd2'], '--gan latent --gan_weight 0.005 --split False --ttur 5 --couple 1'),
@@ -178,28 +207,39 @@ def test_ablations_run(flags, said, tmp_path):
     # with --ttur 5 the student learns in the first iteration alone
     assert ['grad/dm' in row for row in lines] == [True, 'toy-dmd2' not in flags]
 
-def test_skipped_pictures_are_counted_in_the_log(tmp_path):
-    """Half of the pictures are broken; some more flags that change what is computed."""
+def test_own_data_alone_suffices_and_its_troubles_are_counted(tmp_path):
+    """A folder of pictures with captions beside them, half of them broken, in the log and at the
+    end, over all ranks; and stage 2 goes on with it. Some more flags that change what is
+    computed."""
     folder = tmp_path / 'pictures'
     folder.mkdir()
     for i in range(6):
         Image.new('RGB', (64, 64), (40 * i, 0, 0)).save(folder / f'{i}.png')
-    for i in (1, 2, 4):
+        (folder / f'{i}.txt').write_text(f'picture {i} ' * (1 + 60 * (i == 5)))
+    for i in (1, 2):
         (folder / f'{i}.png').write_bytes(b'not a picture')
-    lines = [json.dumps(dict(file_name=f'{i}.png', text=f'picture {i}')) for i in range(6)]
-    (folder / 'metadata.jsonl').write_text('\n'.join(lines))
-    done = well(inside(
+    (folder / '4.txt').unlink()
+    run = tmp_path / 'run'
+    done = well(start(
         'train_stage1.py', *SMALL, '--batch', 2, '--micro', 1, '--iters', 3, '--data', folder,
-        '--data_files', '', '--checkpointing', '--gan_crop', 32, '--save_dtype', 'float32',
-        '--offload', '--workers', 0, '--out', tmp_path / 'run'))
-    pictures = m.Pictures(str(folder), '', 'image', 'text', 64, 0)
-    skipped = [pictures[i]['skipped'] for i in range(6)]
-    assert [row['skipped'] for row in rows(tmp_path / 'run')] == [
-        sum(skipped[:2]), sum(skipped[:4]), sum(skipped)]
-    assert sum(skipped) > 2
-    assert f'{sum(skipped)} pictures skipped' in done.stdout
-    unet = load_file(tmp_path / 'run/student/unet/diffusion_pytorch_model.safetensors')
+        '--checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload', '--out', run,
+        ranks=2))
+    said = f'--data {folder}: 6 pictures in the column image, captions in text\n'
+    assert said in done.stdout
+    samples = [m.Pictures(str(folder), '', '', '', 64, 0)[i] for i in range(6)]
+    found = sum((sample['trouble'] for sample in samples), Counter())
+    found['cut'] = sum(len(sample['text']) > 77 for sample in samples)
+    assert min(found.values()) > 0 and found.keys() == {'broken', 'uncaptioned', 'cut'}
+    last = rows(run)[-1]
+    assert {name: last[f'data/{name}'] for name in m.TROUBLE} == {
+        name: found[name] for name in m.TROUBLE}
+    words = f'{found["broken"]} broken, {found["uncaptioned"]} uncaptioned, {found["cut"]} cut'
+    assert f'pictures passed over and captions cut: {words};' in done.stdout
+    unet = load_file(run / 'student/unet/diffusion_pytorch_model.safetensors')
     assert {w.dtype for w in unet.values()} == {torch.float32}
+    _, done = second(tmp_path / 'two', '--iters', 1, '--eval_every', 1, '--eval_n', 2, init=run)
+    assert said in done.stdout
+    assert len(done.page['photos']) == 6                # CMMD's are its own as well
 
 # --------------------------------------------------------------------------------------------------
 # sample
@@ -233,6 +273,8 @@ def test_sample_finds_the_newest_run(plain, tmp_path):
     (tmp_path / 'out/stage1').mkdir(parents=True)
     (tmp_path / 'out/stage1/student').symlink_to(plain / 'student')
     assert 'out/stage1/student' in well(start('sample.py', '--n', 1, cwd=tmp_path)).stdout
+    (tmp_path / 'out/stage1').rename(tmp_path / 'out/stage1-sd3')
+    assert 'out/stage1-sd3/student' in well(inside('sample.py', '--n', 1, cwd=tmp_path)).stdout
     assert (tmp_path / 'samples.png').exists()
 
 def test_sample_is_plain_diffusers(plain, tmp_path):
@@ -376,6 +418,97 @@ def test_real_pictures_score_as_real(tmp_path):
     assert tied['unreadable'] == 1
     assert tied['rprecision']['value'] > .95
 
+@pytest.fixture(scope='session')
+def held(tmp_path_factory):
+    """16 held-out pictures of the toy and their captions."""
+    rows = datasets.load_dataset(
+        'parquet', data_files=str(ROOT / 'assets/toy/data/test.parquet'), split='train')[:16]
+    return [image.convert('RGB') for image in rows['image']], rows['text']
+
+def of_images(folder, names, held, prompts=None, save=None, flags=()):
+    """evaluate.py --images on held-out pictures by these names: the row and what it said."""
+    images, texts = held
+    folder.mkdir()
+    for i, (name, image) in enumerate(zip(names, images)):
+        image.save(folder / name, **(save(i) if save else {}))
+    if prompts is not None:
+        (folder / 'prompts.txt').write_text('\n'.join(prompts), encoding='utf-8')
+        flags = ['--prompts', folder / 'prompts.txt', *flags]
+    done = inside(
+        'evaluate.py', '--images', folder, '--recipe', 'toy', '--metrics', 'rprecision', *flags,
+        '--out', folder / 'x.json')
+    row = {}
+    if not done.returncode:
+        row, = json.loads((folder / 'x.json').read_text())['rows'].values()
+    return row, done
+
+TIED = {
+    'ComfyUI': (lambda i: f'ComfyUI_{i + 1:05d}_.png', 'by the numbers 1 ... 16 in the names'),
+    'A1111': (lambda i: f'{i:05d}-{3000000000 + 7919 * i}.png', 'by the numbers 0 ... 15'),
+    'prompt and seed': (lambda i: f'{i:03d}_a_red_ring_seed42.png', 'by the numbers 0 ... 15'),
+    'date first': (lambda i: f'im_20240801120000_{i}.PNG', 'by the numbers 0 ... 15 in the names'),
+    'letters': (lambda i: f'{"abcdefghijklmnop"[i]}.png', 'by name order')}
+
+@pytest.mark.parametrize('kind', TIED)
+def test_pictures_of_other_tools_are_tied_to_their_prompts(kind, held, tmp_path):
+    """And the rule is said. Their EXIF orientation holds."""
+    name, rule = TIED[kind]
+    tags = Image.Exif()
+    tags[274] = 6
+    images = [image.transpose(Image.ROTATE_90) for image in held[0]]
+    row, done = of_images(
+        tmp_path / 'a', [name(i) for i in range(16)], (images, held[1]), held[1],
+        lambda i: dict(exif=tags))
+    assert rule in well(done).stdout
+    assert f'{name(0)} ... {name(15)}' in done.stdout
+    assert 'to prompts 0 ... 15' in done.stdout
+    assert row['rprecision']['value'] > .9
+
+@pytest.mark.parametrize('name', [
+    lambda i: f'{i + 3}.png', lambda i: f'{i + (i > 4)}.png', lambda i: f'{i // 2}-{i % 2}.png',
+    lambda i: f'{i}-{7 * i % 16}.png', lambda i: f'ComfyUI_{i + 1}.png'],
+    ids=['offset', 'gap', 'double', 'seeds', 'from 1, of more prompts'])
+def test_pictures_that_cannot_be_tied_are_refused(name, held, tmp_path):
+    more = held[1] + ['a red ring on blue'] * ('_' in name(0))
+    _, done = of_images(tmp_path / 'a', [name(i) for i in range(16)], held, more)
+    assert 'which of its 16 pictures belongs to which line' in said_no(done)
+
+def test_blank_lines_count_and_lines_end_at_newlines_alone(held, tmp_path):
+    """A picture of the empty prompt is not scored; U+2028 and the like are within a line; a BOM is
+    no part of the first."""
+    texts = ['\ufeff' + held[1][0].replace(' ', '\u2028', 1), '', *held[1][2:]]
+    row, _ = of_images(tmp_path / 'a', [f'{i}.png' for i in range(16)], held, texts)
+    assert row['per_picture']['index'] == [0, *range(2, 16)]
+    assert row['rprecision']['value'] > .9
+
+def embedded(tool, text):
+    """What a tool writes into a PNG beside its picture."""
+    info = PngImagePlugin.PngInfo()
+    nodes = {'3': dict(inputs=dict(seed=1, positive=['7', 0], negative=['8', 0])),
+             '7': dict(inputs=dict(conditioning=['6', 0])), '6': dict(inputs=dict(text=text)),
+             '8': dict(inputs=dict(text='ugly'))}
+    words = f'{text}\nNegative prompt: ugly\nSteps: 20, Seed: 7' if tool == 'parameters' else nodes
+    info.add_text(tool, words if isinstance(words, str) else json.dumps(words))
+    return dict(pnginfo=info)
+
+@pytest.mark.parametrize('tool', ['parameters', 'prompt'])
+@pytest.mark.parametrize('lines', [True, False])
+def test_a_prompt_inside_a_picture_ties_it(tool, lines, held, tmp_path):
+    """Names tell nothing, or what is wrong; with no prompt file, or one in another order."""
+    row, done = of_images(
+        tmp_path / 'a', [f'{15 - i}.png' for i in range(16)], held, held[1] if lines else None,
+        lambda i: embedded(tool, held[1][i]))
+    assert 'by the prompt inside each' in well(done).stdout
+    assert ('a line of' in done.stdout) == lines
+    assert row['rprecision']['value'] > .9
+
+def test_real_alone_suffices_and_needs_no_captions(held, tmp_path):
+    row, done = of_images(
+        tmp_path / 'a', [f'{i}.png' for i in range(16)], held, held[1],
+        flags=['--metrics', 'cmmd', '--real', tmp_path / 'a', '--n_real', 16])
+    assert f'--real {tmp_path}/a: 16 pictures in the column image' in well(done).stdout
+    assert row['cmmd']['value'] < 1e-3
+
 # --------------------------------------------------------------------------------------------------
 # stage 2
 
@@ -474,8 +607,8 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
             assert torch.equal(value, after[key])
     # four steps in stage 1, two here
     assert {v.item() for k, v in after.items() if k.startswith('student.step/')} == {6}
-    handed = ('offload sam data data_files image_column text_column prompts workers cfg gan '
-              'gan_weight gan_crop split ttur batch micro checkpointing save_dtype').split()
+    handed = ('offload sam data data_files data_limit image_column text_column prompts workers cfg '
+              'gan gan_weight gan_crop split ttur batch micro checkpointing save_dtype').split()
     args = json.loads((out / 'args.json').read_text())
     assert {name: args[name] for name in handed} == {name: told[name] for name in handed}
     assert args['couple'] == .75
@@ -581,8 +714,9 @@ BAD = [
     (ONE, ['--steps', 1], '--steps 1 gives [999], all on one side'),
     (ONE, ['--gan_crop', 30], '--gan_crop 30 must be a multiple of 8'),
     (ONE, ['--data', 'TMP/nowhere'], '--data TMP/nowhere does not exist'),
-    (ONE, ['--data', 'TMP/a_file'], '--data TMP/a_file is neither .parquet nor .tar'),
-    (ONE, ['--data', 'TMP/notes', '--data_files', ''], '--data TMP/notes could not be loaded'),
+    (ONE, ['--data', 'TMP/a_file'], '--data TMP/a_file holds no .parquet, no'),
+    (ONE, ['--data', 'TMP/notes', '--data_files', '*.x'], 'no picture by the name *.x; give a'),
+    (ONE, ['--data', 'some-body/no-such-data'], 'some-body/no-such-data could not be loaded'),
     (ONE, ['--text_column', 'caption'], '--text_column caption: --data assets/toy/data has no'),
     (ONE, ['--image_column', 'text'], '--image_column text of --data assets/toy/data does not'),
     (ONE, ['--prompts', 'TMP/binary.txt'], '--prompts TMP/binary.txt cannot be read'),
@@ -608,7 +742,7 @@ BAD = [
     ('evaluate.py', ['--sheet', 'mps'], '--sheet mps is not among --metrics'),
     ('evaluate.py', ['--clip', 'TMP/notes', '--metrics', 'clip'], 'TMP/notes could not be'),
     ('evaluate.py', ['--images', 'TMP/notes'], '--images TMP/notes has no picture'),
-    ('evaluate.py', ['--images', 'TMP/twice'], '--images TMP/twice: two names'),
+    ('evaluate.py', ['--images', 'TMP/twice'], '--images TMP/twice: which of its 2 pictures'),
     ('evaluate.py', ['--images', 'TMP/untied'], '--images: TMP/untied/metadata.jsonl must'),
     ('evaluate.py', ['--images', 'TMP/unreadable'], 'none of its 1 pictures can be read'),
     ('evaluate.py', ['--prompts', 'TMP/short.txt'], 'TMP/short.hard.txt has 2 lines'),
@@ -643,7 +777,7 @@ def test_bad_input_is_one_sentence(script, flags, says, broken, tmp_path):
     line = said_no(refused(script, *[str(f).replace('TMP', str(broken)) for f in flags], *rest))
     assert says.replace('TMP', str(broken)) in line
     assert stamps(broken, ROOT / 'assets') == before
-    assert not listing(tmp_path)
+    assert listing(tmp_path).keys() <= {'run/.lock'}
 
 def test_every_sentence_has_a_row_of_its_own():
     assert max(Counter(says for _, _, says in BAD).values()) <= 2
