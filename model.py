@@ -344,7 +344,7 @@ class Base:
         self.device = device
         pipe.set_progress_bar_config(disable=True)
         self.teacher = getattr(pipe, self.part).eval().to(device)
-        self.network = type(self.teacher)                    # FSDP2 gives its networks other classes
+        self.network = type(self.teacher)               # FSDP2 gives its networks other classes
         self.vae = pipe.vae.eval().to(device)
         encoders = (pipe.components.get(f'text_encoder{k}') for k in ('', '_2', '_3'))
         self.encoders = [net for net in encoders if net]
@@ -1278,21 +1278,24 @@ def update(opt, net, clip=1.):
 # --------------------------------------------------------------------------------------------------
 # the plan of a run: what it will hold, computed before anything is fetched or built
 
-# of the published models: parameters of the network, the text encoders (texts without a T5), the
-# adapters per rank on all attention; and GB of a student update at 1024 px for each sample: what its
-# two passes keep, with and without gradient checkpointing, and what their backward adds
+# of the published models: parameters of the network, the text encoders (texts: without a T5), and
+# for each rank of adapters on all attention; then GB of a student update at 1024 px, each sample:
+# what its two passes keep, with and without gradient checkpointing, and what their backward adds
 SIZES = dict(
     sdxl=dict(net=2.567e9, texts=.818e9, t5=0., adapters=1.4515e6, kept=(1.18, 13.8), back=.1),
     sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3))
-# the VAE and SAM's vit_b with its heads, parameters; GB for each sample of a picture of 1024 px from
-# the latent to the logits and back, with and without checkpointing; GB to decode one to look at, and
-# of a layer in flight: gathered, with its gradient. tests/bench.py --only memory counts all of these
+# parameters of the VAE, of SAM's vit_b and its heads; GB of each picture of 1024 px from the latent
+# to the logits and back, with and without checkpointing, and to decode one to look at; GB of layers
+# in flight, gathered, with their gradients. tests/bench.py --only memory counts all of these
 VAE, SAM, HEADS, PICTURE, LOOK, FLIGHT = .0837e9, .0897e9, .0233e9, (13.1, 30.7), 3.3, .7
 
 def stored(folder):
     """{part: parameters} of a pipeline folder, by the headers of its safetensors files."""
     found = {}
-    for file in Path(folder).glob('*/*.safetensors'):
+    files = {*Path(folder).glob('*/*.safetensors')}
+    for file in files:
+        if file.with_name(file.name.replace('.fp16.', '.')) in files - {file}:
+            continue                                            # the same weights a second time
         with safe_open(file, 'pt') as f:
             sizes = [int(np.prod(f.get_slice(key).get_shape())) for key in f.keys()]
         found[file.parent.name] = found.get(file.parent.name, 0) + sum(sizes)
@@ -1366,8 +1369,9 @@ def default_recipe(parser, recipes):
     'toy', with a line that says so."""
     if not torch.cuda.is_available():
         return 'toy'
-    parser.set_defaults(**recipes['sdxl'])
-    args = parser.parse_known_args()[0]
+    with_sdxl = copy.deepcopy(parser)
+    with_sdxl.set_defaults(**recipes['sdxl'])
+    args = with_sdxl.parse_known_args()[0]
     args.recipe = 'sdxl'
     world, here = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
     need = gigabytes(args, world, here, True)
@@ -1495,14 +1499,19 @@ def save_state(out, it, args, weights, opts, last, save_student):
     if not trouble:
         if rank == 0:
             seconds = time.time() - began
-            print(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB in {seconds:.1f} s', flush=True)
+            print(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB, {seconds:.1f} s', flush=True)
         return
     free = shutil.disk_usage(out).free
-    words = (f'--out {out}: the save at iteration {it} failed ({trouble}): it needs '
-             f'{need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, '
-             f'{max(0, need - free) / 1e9:.2f} GB missing; the save before it stays')
+    words = f'--out {out}: the save at iteration {it} failed ({trouble})'
+    way_out = 'mend that'
+    if need > free:
+        words += (f': it needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, '
+                  f'{(need - free) / 1e9:.2f} GB missing')
+        way_out = 'make room'
+    if states_of(out):
+        words += '; the save before it stays'
     if last or args.disk_full == 'stop':
-        die(f'{words}; make room and run again')
+        die(f'{words}; {way_out} and run again')
     if rank == 0:
         print(f'{words}, going on to the next', flush=True)
 

@@ -24,7 +24,6 @@ import json
 import math
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -197,20 +196,21 @@ m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
 if args.cpu_offload and args.lora:
     m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
+args.micro = min(args.micro, max(1, args.batch // world))
 if args.batch % (world * args.micro):
     m.die(f'--batch {args.batch} is not a multiple of {world} ranks x --micro {args.micro}; change '
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
-if args.check and rank == 0:
-    m.remove(Path(args.out))
-m.dist.barrier()
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
+for left in out.glob('[!.]*') if args.check and rank == 0 else ():
+    m.remove(left)
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 if rank == 0:
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration {start}')
+    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration '
+          f'{start}')
 planned = m.plan(args, out, device)
 began = time.time()
 told = []                                      # SIGTERM: the iteration is finished, then a save
@@ -485,7 +485,7 @@ for it in range(start, args.iters + 1):
     # all ranks leave after the same iteration, whichever was told to
     stop = m.any_rank(told, device) or it == args.iters
     if args.sample_every and (it % args.sample_every == 0 or it == args.iters):
-        with torch.compiler.set_stance('force_eager'):       # graphs are of --micro, not of the rest
+        with torch.compiler.set_stance('force_eager'):        # compiled graphs are of whole --micro
             rows = [m.student_pictures(base, net, steps, prompts, grid_noise, args.micro)
                     for net in (reference, student)]
         if rank == 0:
@@ -660,8 +660,8 @@ elif args.check:
     most = max(m.gathered(m.peak(device)))
     if rank == 0:
         m.remove(out)
-        print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '
-              f'{planned:.1f} planned; {out} is removed')
+        print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a '
+              f'rank, {planned:.1f} planned; {out} is removed')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '

@@ -6,8 +6,8 @@ Speed and memory of training and of evaluation.
 
 memory    GB on each card at 1024 px by the arithmetic of the scripts' plan (model.gigabytes), and
           the sizes in it counted anew on meta tensors: parameters, activations, decoding
-ranks     a UNet of 304 M random parameters on all ranks, under torchrun or alone: main memory at rest
-          and at most beside the arithmetic, and CPU seconds of rank 0 in a save
+ranks     a UNet of 293 M random parameters on all ranks, under torchrun or alone: main memory at
+          rest and at most beside the arithmetic, and CPU seconds of rank 0 in a save
 work      TFLOP of an iteration at 1024 px and of drawing a picture, counted on meta tensors
 train     seconds per iteration of train_stage1.py, started as a user would, beside the sum of the
           network passes that it cannot avoid, timed one by one (goal: ratio <= 1.05)
@@ -201,14 +201,14 @@ def activations(family, lora=0, crop=1024, n=1, checkpointing=True, gan=True):
 
 def settings(family, **flags):
     """A training script's settings, as far as model.gigabytes reads them."""
-    flags = dict(recipe=family, model='hub/id', lora=0, micro=1, t5=None, offload=False, gan='pixel',
-                 gan_crop=0, checkpointing=True, cpu_offload=False, save_dtype='float16') | flags
+    flags = dict(recipe=family, model='hub/id', lora=0, micro=1, t5=None, offload=False,
+                 gan='pixel', gan_crop=0, checkpointing=True, cpu_offload=False, save_dtype='float16') | flags
     return argparse.Namespace(**flags)
 
 def memory(args):
     """Prints the table of GB on each card, and the sizes in it beside what is counted."""
-    print('| | cards | frozen | trained | activations | GB | with `--gan_crop 512` | GB of a state |'
-          '\n|---|---|---|---|---|---|---|---|')
+    print('| | cards | frozen | trained | activations | GB | with `--gan_crop 512` | of a state |\n'
+          '|---|---|---|---|---|---|---|---|')
     for label, family, flags, worlds in [
             ('SDXL, all weights', 'sdxl', {}, (1, 2, 4, 8, 16)),
             ('SDXL, all weights, `--micro 2`', 'sdxl', dict(micro=2), (2, 4, 8)),
