@@ -326,8 +326,7 @@ for label, paths in files_of.items():
 truncated = {name: sum(m.gathered(scorer.truncated)) for name, scorer in scorers.items()}
 if rank:                                                            # rank 0 alone does the rest
     m.gathered(None)
-    m.dist.destroy_process_group()
-    raise SystemExit
+    m.leave()
 
 # --------------------------------------------------------------------------------------------------
 # the table: means and distances with bootstrap intervals
@@ -451,4 +450,4 @@ with m.replacing(out) as tmp:
     ), indent=1))
 print(out)
 m.gathered(None)
-m.dist.destroy_process_group()
+m.leave()

@@ -890,9 +890,10 @@ def whole_on_rank_0(tensors, dtype):
     sharded. Every rank calls it, rank 0 has the result, the others {}."""
     found = {}
     for name, w in tensors.items():
+        w = w.detach().to(dtype) if w.is_floating_point() else w
         w = w.full_tensor() if isinstance(w, DTensor) else w
         if dist.get_rank() == 0:
-            found[name] = w.detach().to('cpu', dtype if w.is_floating_point() else w.dtype)
+            found[name] = w.cpu()
     return found
 
 def save_student(folder, base, student, steps, dtype, facts, lora=None):
@@ -1156,6 +1157,16 @@ def last_words(kind, error, trace):
     print(f'error: rank {dist.get_rank()}: {words}', file=sys.stderr, flush=True)
     os._exit(2)
 
+def leave():
+    """Ends the process, and well. Not by a usual exit: what is left of the group in sharded
+    networks has threads that ask for Python when it is gone, and abort one exit in ten."""
+    if 'wandb' in sys.modules:
+        sys.modules['wandb'].finish()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
 def any_rank(flag, device):
     """Whether flag is true on any rank, the same answer on all; ranks meet here."""
     flag = torch.tensor(float(bool(flag)), device=device)
@@ -1296,7 +1307,8 @@ def stored(folder):
     for file in files:
         if file.with_name(file.name.replace('.fp16.', '.')) in files - {file}:
             continue                                            # the same weights a second time
-        with safe_open(file, 'pt') as f:
+        sizes = []
+        with contextlib.suppress(*BAD_FILE), safe_open(file, 'pt') as f:    # loading it says more
             sizes = [int(np.prod(f.get_slice(key).get_shape())) for key in f.keys()]
         found[file.parent.name] = found.get(file.parent.name, 0) + sum(sizes)
     return found
@@ -1387,6 +1399,8 @@ def default_recipe(parser, recipes):
 def plan(args, out, device):
     """Prints what a run with these settings takes, beside what there is; ends with a sentence where
     it cannot fit, but for --force. Returns GB a card, 0 where they are not known."""
+    if not Path(args.model).exists() and not hub_id(args.model):
+        die(f'--model {args.model} does not exist')
     world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     need = gigabytes(args, world, here, device.type == 'cuda')
     total = need['frozen'] + need['trained'] + need['activations']
@@ -1577,8 +1591,7 @@ def find_state(out, args):
         if dist.get_rank() == 0:
             print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
                   'nothing is changed: give more --iters to go on, another --out for a new run')
-        dist.destroy_process_group()
-        sys.exit()
+        leave()
     changed = [key for key in old.keys() & new.keys() if old[key] != new[key]]
     if dist.get_rank() == 0:
         for key in sorted(changed):

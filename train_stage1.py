@@ -438,4 +438,4 @@ elif rank == 0:
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
           f'minutes, {log.dropped} iterations with a dropped update; pictures passed over '
           f'and captions cut: {trouble or "none"}; python sample.py --ckpt {out}')
-m.dist.destroy_process_group()
+m.leave()

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +107,7 @@ def inside(script, *flags, env=(), cwd=ROOT):
         return SimpleNamespace(returncode=code, stdout=out.read(), stderr=err.read(), page=page)
 
 def ended(script):
-    """The exit code of a script that is run here, and the names it leaves."""
+    """The exit code of a script that is run here, and the names on its page."""
     try:
         try:
             return 0, runpy.run_path(script, run_name='__main__')
@@ -117,7 +118,11 @@ def ended(script):
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
             return 1, {}
-        return stop.code or 0, {}
+        page = {}
+        for frame, _ in traceback.walk_tb(stop.__traceback__):
+            if frame.f_code.co_filename == script:
+                page = dict(frame.f_globals)
+        return stop.code or 0, page
 
 def stay():
     """Undoes what m.launch and a training loop do to a process."""

@@ -544,4 +544,4 @@ def test_bad_input_is_one_sentence(command, says, broken, tmp_path):
     assert 'error: ' in said[0]
     assert says.replace('TMP', str(broken)) in said[0]
     assert listing(broken) == before
-    assert not listing(tmp_path)
+    assert listing(tmp_path).keys() <= {'out/.lock'}

@@ -142,7 +142,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(plain, tmp_path):
     assert [line['iteration'] for line in lines] == [1, 2, 3, 4]
     for line, other in zip(lines, calm):
         for row in (line, other):
-            del row['seconds']
+            del row['seconds'], row['memory']
         assert line == other
 
 def test_what_a_run_leaves_behind(plain):
@@ -707,7 +707,11 @@ BAD = [
     (ONE, ['--model', 'TMP/notes'], '--model TMP/notes is not a diffusers pipeline'),
     (ONE, ['--model', 'TMP/damaged'], '--model TMP/damaged is damaged'),
     (ONE, ['--model', 'TMP/odd'], "--model: its scheduler predicts 'sample'"),
-    (ONE, ['--model', 'some-body/no-such-model'], 'downloaded; --model assets/toy/sdxl runs'),
+    (ONE, ['--model', 'some-body/no-such-model', '--force'],
+     'downloaded; --model assets/toy/sdxl runs'),
+    (ONE, ['--model', 'some-body/no-such-model', '--checkpointing', '--micro', '1', '--batch', '1'],
+     'the run takes 125.2 GB on each rank, which has'),
+    (ONE, ['--cpu_offload', '--lora', '4'], '--cpu_offload is for networks trained whole'),
     (ONE, ['--sam', 'TMP/nowhere.pth'], '--sam TMP/nowhere.pth does not exist'),
     (ONE, ['--sam', 'TMP/pickled.pth'], 'pickled code; --sam assets/toy/sam.pth runs offline'),
     (ONE, ['--sam', 'TMP/wrong.pth'], '--sam TMP/wrong.pth is not a segment_anything'),
