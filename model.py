@@ -1182,6 +1182,15 @@ def gathered(value):
 # layers whose weights are gathered together, by the names of their classes in diffusers
 BLOCKS = 'BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock'
 
+@functools.lru_cache(1)
+def mesh_of(group, kind, world, here):
+    """The ranks as FSDP2 takes them, one mesh for all networks of a group, since each of two
+    dimensions has groups of its own: all ranks, or machines by the ranks of each."""
+    if 1 < here < world:
+        return init_device_mesh(
+            kind, (world // here, here), mesh_dim_names=('replicate', 'shard'))
+    return init_device_mesh(kind, (world,))
+
 def parallel(net, device, shard=False, cpu_offload=False, compiled=False):
     """net as the loop calls it, on its device. None stays None.
 
@@ -1206,14 +1215,11 @@ def parallel(net, device, shard=False, cpu_offload=False, compiled=False):
         return DDP(net, device_ids=[device.index] if device.type == 'cuda' else None,
                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    mesh = init_device_mesh(device.type, (world,))
-    if 1 < here < world:
-        mesh = init_device_mesh(
-            device.type, (world // here, here), mesh_dim_names=('replicate', 'shard'))
     # no input is cast: bf16 would make of the time 999 1000, autocast knows what to cast. The root,
     # too, gives its weights back: outside of a forward they are the shares, to be updated and saved
     how = dict(
-        mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(
+        mesh=mesh_of(dist.group.WORLD, device.type, world, here), reshard_after_forward=True,
+        mp_policy=MixedPrecisionPolicy(
             torch.bfloat16 if device.type == 'cuda' else torch.float32, torch.float32,
             cast_forward_inputs=False))
     if cpu_offload and not frozen:
@@ -1398,13 +1404,13 @@ def default_recipe(parser, recipes):
 
 def plan(args, out, device):
     """Prints what a run with these settings takes, beside what there is; ends with a sentence where
-    it cannot fit, but for --force. Returns GB a card, 0 where they are not known."""
+    it cannot fit, but for --force. Returns GB a rank, as far as they are counted."""
     if not Path(args.model).exists() and not hub_id(args.model):
         die(f'--model {args.model} does not exist')
     world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     need = gigabytes(args, world, here, device.type == 'cuda')
     total = need['frozen'] + need['trained'] + need['activations']
-    room = card(device)
+    room, main = card(device), card(torch.device('cpu'))
     # two states and one in the making, the student and the one that takes its place
     disk = 3 * need['state'] + 2 * need['student']
     held = [file.stat().st_size for file in out.glob('*/*') if file.is_file()]
@@ -1412,9 +1418,11 @@ def plan(args, out, device):
     if dist.get_rank() == 0:
         more = f'{need["activations"]:.1f} activations'
         more = more if need['counted'] else 'activations not counted at this size'
-        main = f', {need["main"]:.1f} GB of main memory' if need['main'] else ''
+        aside = ''
+        if need['main']:
+            aside = f', {need["main"]:.1f} GB of main memory of {main:.1f}'
         print(f'plan: {total:.1f} GB a rank ({need["frozen"]:.1f} frozen, {need["trained"]:.1f} '
-              f'trained, {more}), which has {room:.1f}{main}; {disk:.1f} GB of disk, of which '
+              f'trained, {more}), which has {room:.1f}{aside}; {disk:.1f} GB of disk, of which '
               f'{free:.1f} are free', flush=True)
     if args.force:
         return total
@@ -1422,6 +1430,9 @@ def plan(args, out, device):
         die(f'the run takes {total:.1f} GB on each rank, which has {room:.1f}: more ranks, --lora '
             '64, a smaller --micro, --gan_crop 512, --offload or --cpu_offload take less; --force '
             'tries all the same')
+    if need['main'] > main:
+        die(f'--cpu_offload takes {need["main"]:.1f} GB of main memory for each rank, which has '
+            f'{main:.1f}: --lora 64 takes less; --force tries all the same')
     if disk > free:
         die(f'--out {out} has {free:.1f} GB free, the run writes {disk:.1f}: choose another disk; '
             '--force begins all the same')

@@ -73,8 +73,8 @@ def show(message, category, filename, lineno, file=None, line=None):
 PID, EXIT = os.getpid(), os._exit
 
 def leave(code):
-    """In the place of os._exit, which would end the tests with the script. Forked data workers end
-    as always."""
+    """In the place of os._exit, which would end the tests with the script. A fork ends as
+    always."""
     if os.getpid() != PID:
         EXIT(code)
     raise SystemExit(code)

@@ -96,7 +96,7 @@ def await_the_moment(process, out, before):
     time.sleep(moments.uniform(0, 1 if kind == 1 else .2))
 
 def kill_one(process, out, how):
-    """A plain process with its data workers; under torchrun all at once, torchrun alone, or one
+    """A plain process; under torchrun all at once, torchrun alone, or one
     rank. Those that were spared end by themselves. Returns 'killed of all' and the exit code."""
     found = processes(out)
     victims = found

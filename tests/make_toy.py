@@ -250,7 +250,8 @@ def fit(name, nets, loss, iters, lr, ema=None, every=500):
         shadow = {k: v.detach().clone() for k, v in nets.state_dict().items()}
     if file.exists():
         state = torch.load(file, map_location=DEVICE, weights_only=True)
-        nets.load_state_dict(state['nets']), opt.load_state_dict(state['opt'])
+        nets.load_state_dict(state['nets'])
+        opt.load_state_dict(state['opt'])
         shadow, start = state['shadow'], state['i']
     bar = tqdm(range(start, iters), desc=name, initial=start, total=iters, mininterval=10)
     for i in bar:
@@ -844,7 +845,8 @@ if __name__ == '__main__':
         torch.empty(0, device=DEVICE)
     except (RuntimeError, AssertionError) as error:
         model.die(f'--device {DEVICE}: {str(error).splitlines()[0]}')
-    model.writable_folder(OUT, '--out'), model.writable_folder(WORK, '--work')
+    model.writable_folder(OUT, '--out')
+    model.writable_folder(WORK, '--work')
     for name in args.only:
         done = WORK / f'{name}.done'
         if done.exists():

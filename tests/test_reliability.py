@@ -1,6 +1,6 @@
 """
-What a long run meets: signals, kills, full disks, hung and differing ranks, NaNs, dead data
-workers, several machines. Twenty kills of either stage: python tests/kill.py
+What a long run meets: signals, kills, full disks, hung and differing ranks, NaNs, several
+machines. Twenty kills of either stage: python tests/kill.py
 
     pytest tests/test_reliability.py
 """
@@ -273,6 +273,16 @@ def sharded(rank, folder):
 
 def test_sharded_networks(tmp_path):
     assert ranks(3, sharded, tmp_path) == [0, 0, 0]
+
+def test_what_waits_in_main_memory_is_the_same(one, tmp_path):
+    """--cpu_offload: FSDP2 in a group of one, and a state that the run without it goes on from."""
+    done = inside(*RUN, '--cpu_offload', '--iters', 2, '--out', tmp_path / 'run')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(isinstance(w, m.DTensor) for w in done.page['weights']['student'].values())
+    assert not far_from_one_step(weights(tmp_path / 'run', 2), weights(one, 2), weights(one, 4))
+    done = inside(*RUN, '--out', tmp_path / 'run')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not far_from_one_step(weights(tmp_path / 'run', 4), weights(one, 4), weights(one, 2))
 
 def test_compiled_is_the_same_and_compiles_once(one, tmp_path, monkeypatch):
     """--compile in stage 2, which runs all of stage 1 as well: every network is one graph

@@ -732,6 +732,8 @@ BAD = [
      'downloaded; --model assets/toy/sdxl runs'),
     (ONE, ['--model', 'some-body/no-such-model', '--checkpointing', '--micro', '1', '--batch', '1'],
      'GB on each rank, which has'),
+    (ONE, ['--model', 'some-body/no-such-model', '--cpu_offload', '--micro', '1', '--batch', '1',
+           '--checkpointing', '--gan', 'none', '--offload'], '--cpu_offload takes 82.1 GB of main'),
     (ONE, ['--cpu_offload', '--lora', '4'], '--cpu_offload is for networks trained whole'),
     (ONE, ['--sam', 'TMP/nowhere.pth'], '--sam TMP/nowhere.pth does not exist'),
     (ONE, ['--sam', 'TMP/pickled.pth'], 'pickled code; --sam assets/toy/sam.pth runs offline'),
