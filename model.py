@@ -826,14 +826,14 @@ def student_pictures(base, net, steps, prompts, noise, micro):
     return torch.cat(found)
 
 def few_step_scheduler(scheduler):
-    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, or
-    for a flow Euler's with fresh noise at every step (give the pipeline's call sigmas =
-    (n, ..., 1) / n, which it shifts by itself). Of the base's own it takes the noise levels, and
-    none of the other settings: clipping, thresholding, spacing."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, of a
+    flow with sigmas = (n, ..., 1) / n in the pipeline's call, which it shifts by itself. Of the
+    base's own it takes the noise levels, and none of the other settings: clipping, thresholding,
+    spacing."""
+    from diffusers import FlowMatchLCMScheduler, LCMScheduler
     schedule = Schedule(scheduler)
     if schedule.kind == 'flow':
-        return FlowMatchEulerDiscreteScheduler(shift=schedule.shift, stochastic_sampling=True)
+        return FlowMatchLCMScheduler(shift=schedule.shift)
     names = 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'rescale_betas_zero_snr'
     levels = {name: scheduler.config[name] for name in names if name in scheduler.config}
     if levels['beta_schedule'] not in ('linear', 'scaled_linear', 'squaredcos_cap_v2'):
@@ -862,7 +862,9 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     if type(pipe.scheduler).__name__ == 'LCMScheduler':
         own = Schedule(pipe.scheduler).steps(steps).long().tolist()
         how = dict(timesteps=own, guidance_scale=0.)
-    elif pipe.scheduler.config.get('stochastic_sampling'):
+    # the second: Euler's with fresh noise, the same sampler, of students up to November 2026
+    elif (type(pipe.scheduler).__name__ == 'FlowMatchLCMScheduler'
+          or pipe.scheduler.config.get('stochastic_sampling')):
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
         how['guidance_scale'] = 0.
         # SD3's pipeline does not hand its generators on to the scheduler
@@ -1036,9 +1038,14 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 def flush(*paths):
-    """Sees to it that files and folders are on the disk."""
+    """Sees to it that files and folders are on the disk, files with the mode that the umask gives
+    any other: safetensors' own are for nobody but their owner."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
+        if path.is_file():
+            os.fchmod(handle, 0o666 & ~mask)
         os.fsync(handle)
         os.close(handle)
 

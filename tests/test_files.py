@@ -631,6 +631,22 @@ def test_files_reach_the_disk_before_their_names(group, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # other files
 
+@pytest.mark.parametrize('mask, mode', [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_every_file_has_the_umasks_mode(mask, mode, toy, group, tmp_path):
+    """Those of a state, of a student of all weights and of a LoRA student."""
+    lora = m.lora_config(toy.teacher, 2, 2., 'attention')
+    before = os.umask(mask)
+    try:
+        save(tmp_path, 10, *pieces()[1:])
+        for name, net, how in ('a', toy.teacher, None), ('b', toy.trainable(lora), lora):
+            m.save_student(tmp_path / name, toy, net, toy.schedule.steps(4), 'float16',
+                           dict(base_model='x', recipe='toy', iteration=1, prompts=['x']), how)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob('*') if file.is_file()]
+    assert len([file for file in files if file.suffix == '.safetensors']) >= 6
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
 @pytest.mark.parametrize('kind', ['file', 'folder'])
 def test_a_failed_write_leaves_the_old_one(kind, tmp_path):
     path = tmp_path / 'x.json'
