@@ -909,6 +909,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
         tensors = whole_on_rank_0(student.state_dict(), dtype)
     if dist.get_rank():
         return
+    import export
     scheduler = few_step_scheduler(base.pipe.scheduler)
     facts = facts | dict(steps=steps.long().tolist())
     with replacing(folder) as tmp:
@@ -919,11 +920,15 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             for name, w in tensors.items():
                 # alpha / rank goes into the second factor: at scale 1, whatever a loader does
                 w = w * (scale if 'lora_B' in name else 1)
-                adapters[name.replace('.default', '')] = w.to(dtype)
-            type(base.pipe).save_lora_weights(tmp, **{f'{base.part}_lora_layers': adapters})
-            scheduler.save_pretrained(tmp / 'scheduler')
+                name = f'{base.part}.{name.replace(".default", "")}'
+                adapters[name] = w.to(dtype).contiguous()
             targets = sorted(lora.target_modules)
             facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
+            words = export.modelspec(facts, base.part)
+            save_file(adapters, tmp / 'pytorch_lora_weights.safetensors', words)
+            if base.part == 'unet':                     # of SD3 they read diffusers' own names
+                save_file(export.kohya(adapters), tmp / export.COMFYUI, words)
+            scheduler.save_pretrained(tmp / 'scheduler')
         else:
             with torch.device('meta'):
                 network = base.network.from_config(student.config)
@@ -936,6 +941,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 if name == 'force_zeros_for_empty_prompt':
                     parts[name] = value
             type(base.pipe)(**parts).save_pretrained(tmp)
+        export.write_card(tmp, facts, base.part, Path(folder).parent)
         (tmp / 'student.json').write_text(json.dumps(facts, indent=1))
 
 def lora_file(folder, net, flag):

@@ -833,7 +833,7 @@ def same_sampler(schedule, few, monkeypatch):
     assert few.timesteps.tolist() == steps.tolist()
     noise = torch.randn(4, 2, 4, 8, 8, generator=stream)
     fresh = iter(noise)
-    for module in ('lcm', 'flow_match_euler_discrete'):
+    for module in ('lcm', 'flow_match_lcm'):
         monkeypatch.setattr(f'diffusers.schedulers.scheduling_{module}.randn_tensor',
                             lambda *a, **k: next(fresh))
     monkeypatch.setattr(torch, 'randn_like', lambda *a, **k: next(fresh))
@@ -853,8 +853,8 @@ def test_exported_student_is_the_same_sampler_in_plain_diffusers(
     our sampler's picture."""
     import diffusers.schedulers.scheduling_lcm as lcm
     steps = toy.schedule.steps(4)
-    m.save_student(
-        tmp_path / 'student', toy, toy.teacher, steps, 'float32', dict(base_model='x'))
+    facts = dict(base_model='x', recipe='toy', iteration=1, prompts=['a star'])
+    m.save_student(tmp_path / 'student', toy, toy.teacher, steps, 'float32', facts)
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student')
     stream = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, *toy.latent_shape, generator=stream)
@@ -869,7 +869,7 @@ def test_exported_student_is_the_same_sampler_in_plain_diffusers(
     assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
     assert torch.allclose(theirs, ours, atol=2e-3)
     saved = json.loads((tmp_path / 'student/student.json').read_text())
-    assert saved == dict(base_model='x', steps=[999, 749, 499, 249])
+    assert saved == facts | dict(steps=[999, 749, 499, 249])
 
 def test_sdxl_conditioning_is_diffusers(toy):
     """Unconditional embeddings are zeros, and base.predict is the pipeline's own UNet call."""
