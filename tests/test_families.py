@@ -463,9 +463,9 @@ def test_the_original_layout_at_full_size():
         pipe = SimpleNamespace(**bench.networks('sdxl'))
     found = export.original(pipe)
     first = 'model.diffusion_model.'
-    for name in ('input_blocks.4.1.transformer_blocks.1.attn1.to_q.weight', 'input_blocks.3.0.op.bias',
-                 'output_blocks.2.2.conv.weight', 'output_blocks.5.2.conv.weight',
-                 'label_emb.0.2.bias', 'middle_block.1.proj_in.weight'):
+    for name in ('input_blocks.4.1.transformer_blocks.1.attn1.to_q.weight',
+                 'input_blocks.3.0.op.bias', 'output_blocks.2.2.conv.weight', 'label_emb.0.2.bias',
+                 'output_blocks.5.2.conv.weight', 'middle_block.1.proj_in.weight'):
         assert first + name in found
     assert found['conditioner.embedders.1.model.text_projection'].shape == (1280, 1280)
     back = single_file.convert_ldm_unet_checkpoint(dict(found), dict(pipe.unet.config))
@@ -480,7 +480,8 @@ def test_single_pictures_and_their_text(students, tmp_path):
     command = ['sample.py', '--ckpt', students['lora'], '--n', 2, '--seed', 5, '--out', where]
     assert inside(*command).returncode == 0
     info = [Image.open(tmp_path / f'pictures/0000{i}.png').info['parameters'] for i in range(2)]
-    assert info[1].startswith(PROMPTS[1] + '\nSteps: 4, Sampler: LCMScheduler, CFG scale: 0, Seed: 5')
+    assert info[1].startswith(
+        f'{PROMPTS[1]}\nSteps: 4, Sampler: LCMScheduler, CFG scale: 0, Seed: 5')
     done = inside('evaluate.py', '--images', where, '--recipe', 'toy', '--metrics', 'clip', '--out',
                   tmp_path / 'x.json')
     assert done.returncode == 0, done.stderr[-2000:]
