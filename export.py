@@ -6,6 +6,7 @@ A student for others: names that ComfyUI and A1111 know, a model card, an upload
 """
 
 import functools
+import importlib.metadata
 import json
 import re
 import shutil
@@ -36,6 +37,11 @@ def commit():
     except (OSError, subprocess.SubprocessError):
         return ''
     return head + ('+' if edits else '')
+
+def versions():
+    """What a result depends on beside its settings: this commit and the libraries' versions."""
+    names = 'torch', 'diffusers', 'transformers', 'peft'
+    return dict(commit=commit(), versions={k: importlib.metadata.version(k) for k in names})
 
 def modelspec(facts, part):
     """A safetensors file's metadata, by which other tools know what it is for."""
@@ -110,6 +116,8 @@ def write_card(folder, facts, part, run):
         text += ['', f'Written by commit {commit()}.']
     if (run / 'args.json').exists():
         settings = json.loads((run / 'args.json').read_text())
+        # where things lie on this machine is nobody's business
+        settings = {k: v for k, v in settings.items() if not str(v).startswith(('/', '~'))}
         text += ['', 'Settings of the run:', '', '```json', json.dumps(settings, indent=1), '```']
     (folder / 'README.md').write_text('\n'.join(text) + '\n')
 

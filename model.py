@@ -1685,7 +1685,8 @@ class Log:
             kept = [x for x in lines if x.endswith('}') and json.loads(x)['iteration'] <= until]
             if kept != lines:
                 file.write_text(''.join(f'{x}\n' for x in kept))
-        (out / 'args.json').write_text(json.dumps(vars(args), indent=1))
+        import export
+        (out / 'args.json').write_text(json.dumps(vars(args) | export.versions(), indent=1))
         if args.wandb:
             import wandb
             wandb.init(project=args.wandb, config=vars(args))

@@ -117,6 +117,13 @@ def test_t5_can_be_left_away(tmp_path):
     for a, b in zip(whole.encode(PROMPTS), moved.encode(PROMPTS)):
         assert torch.equal(a, b)
 
+def test_half_of_one_block_is_that_block():
+    """What --gan latent looks at in a transformer of one block."""
+    base = family('sd3')
+    net = SD3Transformer2DModel.from_config(dict(base.teacher.config, num_layers=1))
+    found = base.features(net, *place(base))
+    assert [x.shape[1] for x in found] == base.channels(net) == [net.inner_dim]
+
 # --------------------------------------------------------------------------------------------------
 # both families' sampling
 
@@ -347,7 +354,7 @@ def students(tmp_path_factory):
         base = m.load_base(path)
         lora = m.lora_config(base.teacher, rank, rank, 'attention') if rank else None
         (folder / name).mkdir()
-        (folder / name / 'args.json').write_text(json.dumps(dict(batch=64)))
+        (folder / name / 'args.json').write_text(json.dumps(dict(batch=64, out='/home/me')))
         m.picture_grid([torch.zeros(1, 3, 8, 8)], ['x'], folder / name / 'samples-0000001.png')
         facts = dict(base_model=str(path), iteration=3, recipe='toy', prompts=PROMPTS, t5=None)
         with alone():
@@ -388,6 +395,16 @@ def test_the_blocks_of_the_pages_run_and_draw_what_sample_does(
     assert a.std() > 1
     assert np.abs(a - b).max() <= 1
 
+@pytest.mark.parametrize(
+    'script', ['train_stage1.py', 'train_stage2.py', 'sample.py', 'evaluate.py'])
+def test_the_commands_of_the_pages_have_flags_that_exist(script):
+    """In blocks, tables and sentences."""
+    known = {*re.findall(r'--[\w-]+', inside(script, '--help').stdout)}
+    found = {flag for page in ('README.md', 'assets/running.md', 'assets/results.md')
+             for command in re.findall(rf'{script} ([^`\n#]*)', (ROOT / page).read_text())
+             for flag in re.findall(r'(?<!\S)--[a-z][\w-]*', command)}
+    assert found and found <= known, found - known
+
 @pytest.mark.parametrize('name', ['out/stage1/student', 'lora', 'out/stage1-sd3/student'])
 def test_a_student_has_a_card_whose_block_runs(name, students, monkeypatch, capfd):
     """In the student's own folder, as it stands; its head is what the hub reads."""
@@ -396,6 +413,7 @@ def test_a_student_has_a_card_whose_block_runs(name, students, monkeypatch, capf
     head = ModelCard(text).data
     assert (head.library_name, head.pipeline_tag) == ('diffusers', 'text-to-image')
     assert 'not known here' in text and '"batch": 64' in text and 'samples.png' in text
+    assert '/home/me' not in text
     assert (folder / 'samples.png').exists()
     block, = python_blocks(text)
     before = listing(folder)

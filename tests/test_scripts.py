@@ -151,6 +151,9 @@ def test_what_a_run_leaves_behind(plain):
     assert names >= {
         'args.json', 'log.jsonl', 'curves.png', 'samples-0000000.png', 'samples-0000004.png',
         'state-0000002', 'state-0000004', 'student'}
+    args = json.loads((plain / 'args.json').read_text())
+    assert {'torch', 'diffusers'} <= args['versions'].keys() and 'commit' in args
+    assert '"batch": 4' in (plain / 'student/README.md').read_text()
     lines = rows(plain)
     for key in ('fake', 'gan/d', 'gan/g', 'gan/real', 'gan/made', 'grad/dm', 'grad/gan',
                 'norm/student', 'seconds', 'memory', 'dropped', 'data/broken', 'data/cut'):
@@ -315,6 +318,8 @@ def test_evaluate_does_not_depend_on_batch_or_ranks(evaluated, tmp_path):
     assert len(one['rows']) == 2
     assert one['rows'].keys() == two['rows'].keys()
     assert one['settings'] == two['settings']
+    assert 'torch' in one['versions'] and 'commit' in one
+    assert "CMMD: by assets/toy/clip; the one of 2401.09603 is by" in evaluated[2]
     for label, row in one['rows'].items():
         other = two['rows'][label]
         assert row['rprecision'] == other['rprecision']
