@@ -653,15 +653,14 @@ for it in range(start, args.iters + 1):
 # -- the end ---------------------------------------------------------------------------------------
 faulthandler.cancel_dump_traceback_later()
 trouble = log.trouble()
+most = max(m.gathered(m.peak(device)))
 if rank == 0 and it < args.iters:
     where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
     print(f'told to stop (SIGTERM) after iteration {it}, {where}')
-elif args.check:
-    most = max(m.gathered(m.peak(device)))
-    if rank == 0:
-        m.remove(out)
-        print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a '
-              f'rank, {planned:.1f} planned; {out} is removed')
+elif rank == 0 and args.check:
+    m.remove(out)
+    print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '
+          f'{planned:.1f} planned; {out} is removed')
 elif rank == 0:
     m.curves(out / 'log.jsonl', out / 'curves.png')
     print(f'done: {out / "student"} after {it} iterations, {(time.time() - began) / 60:.1f} '
