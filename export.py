@@ -200,6 +200,11 @@ def original(pipe):
         for old, new in OPEN_CLIP.items():
             k = k.replace(old, new)
         found[f'conditioner.embedders.1.model.{k}'] = w
+    settings = pipe.scheduler.config
+    if settings.prediction_type == 'v_prediction':       # marks by which loaders know such a model
+        found['v_pred'] = torch.zeros(1)
+        if settings.get('rescale_betas_zero_snr'):
+            found['ztsnr'] = torch.zeros(1)
     return {k: w.half().contiguous() if w.is_floating_point() else w for k, w in found.items()}
 
 def push(folder, name):

@@ -478,8 +478,11 @@ def test_one_file_in_the_original_layout(students, tmp_path):
 def test_the_original_layout_at_full_size():
     """SDXL's UNet and VAE under the names that diffusers' converters undo."""
     with torch.device('meta'):
-        pipe = SimpleNamespace(**bench.networks('sdxl'))
+        nets = bench.networks('sdxl')
+    scheduler = DDPMScheduler(prediction_type='v_prediction')
+    pipe = SimpleNamespace(scheduler=scheduler, **nets)
     found = export.original(pipe)
+    assert 'v_pred' in found and 'ztsnr' not in found
     first = 'model.diffusion_model.'
     for name in ('input_blocks.4.1.transformer_blocks.1.attn1.to_q.weight',
                  'input_blocks.3.0.op.bias', 'output_blocks.2.2.conv.weight', 'label_emb.0.2.bias',
