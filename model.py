@@ -826,14 +826,14 @@ def student_pictures(base, net, steps, prompts, noise, micro):
     return torch.cat(found)
 
 def few_step_scheduler(scheduler):
-    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, or
-    for a flow Euler's with fresh noise at every step (give the pipeline's call sigmas =
-    (n, ..., 1) / n, which it shifts by itself). Of the base's own it takes the noise levels, and
-    none of the other settings: clipping, thresholding, spacing."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, of a
+    flow with sigmas = (n, ..., 1) / n in the pipeline's call, which it shifts by itself. Of the
+    base's own it takes the noise levels, and none of the other settings: clipping, thresholding,
+    spacing."""
+    from diffusers import FlowMatchLCMScheduler, LCMScheduler
     schedule = Schedule(scheduler)
     if schedule.kind == 'flow':
-        return FlowMatchEulerDiscreteScheduler(shift=schedule.shift, stochastic_sampling=True)
+        return FlowMatchLCMScheduler(shift=schedule.shift)
     names = 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'rescale_betas_zero_snr'
     levels = {name: scheduler.config[name] for name in names if name in scheduler.config}
     if levels['beta_schedule'] not in ('linear', 'scaled_linear', 'squaredcos_cap_v2'):
@@ -862,7 +862,9 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     if type(pipe.scheduler).__name__ == 'LCMScheduler':
         own = Schedule(pipe.scheduler).steps(steps).long().tolist()
         how = dict(timesteps=own, guidance_scale=0.)
-    elif pipe.scheduler.config.get('stochastic_sampling'):
+    # the second: Euler's with fresh noise, the same sampler, of students up to November 2026
+    elif (type(pipe.scheduler).__name__ == 'FlowMatchLCMScheduler'
+          or pipe.scheduler.config.get('stochastic_sampling')):
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
         how['guidance_scale'] = 0.
         # SD3's pipeline does not hand its generators on to the scheduler
@@ -907,6 +909,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
         tensors = whole_on_rank_0(student.state_dict(), dtype)
     if dist.get_rank():
         return
+    import export
     scheduler = few_step_scheduler(base.pipe.scheduler)
     facts = facts | dict(steps=steps.long().tolist())
     with replacing(folder) as tmp:
@@ -917,11 +920,15 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             for name, w in tensors.items():
                 # alpha / rank goes into the second factor: at scale 1, whatever a loader does
                 w = w * (scale if 'lora_B' in name else 1)
-                adapters[name.replace('.default', '')] = w.to(dtype)
-            type(base.pipe).save_lora_weights(tmp, **{f'{base.part}_lora_layers': adapters})
-            scheduler.save_pretrained(tmp / 'scheduler')
+                name = f'{base.part}.{name.replace(".default", "")}'
+                adapters[name] = w.to(dtype).contiguous()
             targets = sorted(lora.target_modules)
             facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
+            words = export.modelspec(facts, base.part)
+            save_file(adapters, tmp / 'pytorch_lora_weights.safetensors', words)
+            if base.part == 'unet':                     # of SD3 they read diffusers' own names
+                save_file(export.kohya(adapters), tmp / export.COMFYUI, words)
+            scheduler.save_pretrained(tmp / 'scheduler')
         else:
             with torch.device('meta'):
                 network = base.network.from_config(student.config)
@@ -934,6 +941,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 if name == 'force_zeros_for_empty_prompt':
                     parts[name] = value
             type(base.pipe)(**parts).save_pretrained(tmp)
+        export.write_card(tmp, facts, base.part, Path(folder).parent)
         (tmp / 'student.json').write_text(json.dumps(facts, indent=1))
 
 def lora_file(folder, net, flag):
@@ -1036,9 +1044,14 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 def flush(*paths):
-    """Sees to it that files and folders are on the disk."""
+    """Sees to it that files and folders are on the disk, files with the mode that the umask gives
+    any other: safetensors' own are for nobody but their owner."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
+        if path.is_file():
+            os.fchmod(handle, 0o666 & ~mask)
         os.fsync(handle)
         os.close(handle)
 
@@ -1683,7 +1696,8 @@ class Log:
             kept = [x for x in lines if x.endswith('}') and json.loads(x)['iteration'] <= until]
             if kept != lines:
                 file.write_text(''.join(f'{x}\n' for x in kept))
-        (out / 'args.json').write_text(json.dumps(vars(args), indent=1))
+        import export
+        (out / 'args.json').write_text(json.dumps(vars(args) | export.versions(), indent=1))
         if args.wandb:
             import wandb
             wandb.init(project=args.wandb, config=vars(args))

@@ -29,7 +29,7 @@ from conftest import (
     weights)
 
 SCRIPTS = ['model.py', 'train_stage1.py', 'train_stage2.py', 'rewards.py', 'evaluate.py',
-           'sample.py']
+           'sample.py', 'export.py']
 SMALL = ['--batch', 4, '--micro', 4, '--warmup', 0, '--cooldown', 0, '--sample_every', 0,
          '--log_every', 1, '--workers', 1]
 TRAIN = ['train_stage1.py', *SMALL, '--iters', 4, '--save_every', 2, '--heads_lr', 3e-4]
@@ -172,6 +172,9 @@ def test_what_a_run_leaves_behind(plain):
     assert names >= {
         'args.json', 'log.jsonl', 'curves.png', 'samples-0000000.png', 'samples-0000004.png',
         'state-0000002', 'state-0000004', 'student'}
+    args = json.loads((plain / 'args.json').read_text())
+    assert {'torch', 'diffusers'} <= args['versions'].keys() and 'commit' in args
+    assert '"batch": 4' in (plain / 'student/README.md').read_text()
     lines = rows(plain)
     for key in ('fake', 'gan/d', 'gan/g', 'gan/real', 'gan/made', 'grad/dm', 'grad/gan',
                 'norm/student', 'seconds', 'memory', 'dropped', 'data/broken', 'data/cut'):
@@ -288,7 +291,7 @@ def test_sample_teacher_prompt_and_prompts_file(tmp_path):
 
 def test_sample_finds_the_newest_run(plain, tmp_path):
     """A true start, from another folder."""
-    for name in ('model.py', 'sample.py', 'assets'):
+    for name in ('model.py', 'sample.py', 'export.py', 'assets'):
         (tmp_path / name).symlink_to(ROOT / name)
     assert STUDENT in inside('sample.py', '--n', 1, cwd=tmp_path).stdout
     (tmp_path / 'out/stage1').mkdir(parents=True)
@@ -336,6 +339,8 @@ def test_evaluate_does_not_depend_on_batch_or_ranks(evaluated, tmp_path):
     assert len(one['rows']) == 2
     assert one['rows'].keys() == two['rows'].keys()
     assert one['settings'] == two['settings']
+    assert 'torch' in one['versions'] and 'commit' in one
+    assert "CMMD: by assets/toy/clip; the one of 2401.09603 is by" in evaluated[2]
     for label, row in one['rows'].items():
         other = two['rows'][label]
         assert row['rprecision'] == other['rprecision']
@@ -763,6 +768,8 @@ BAD = [
     ('sample.py', ['--steps', 1001], '--steps 1001'),
     ('sample.py', ['--out', 'TMP/notes'], '--out TMP/notes is a folder'),
     ('sample.py', ['--merge', 'TMP/new', '--teacher'], '--merge is for a student'),
+    ('sample.py', ['--push_to_hub', 'a/b', '--merge', 'TMP/a.safetensors'], 'uploads a folder'),
+    ('sample.py', ['--out', 'TMP/notes/'], '--out TMP/notes/ has files in it'),
     ('sample.py', ['--ckpt', 'TMP/student_types'], '--ckpt TMP/student_types is damaged'),
     ('sample.py', ['--teacher', '--ckpt', 'TMP/student_lost'], '--teacher: the student'),
     ('evaluate.py', ['--n', 100000], '--n 100000'),
@@ -835,7 +842,7 @@ def test_more_ranks_than_gpus(monkeypatch, capsys):
         assert ('--nproc_per_node: 2 ranks' in said) == (rank == '0')
         assert said.count('\n') == (rank == '0')
 
-@pytest.mark.parametrize('script', [*SCRIPTS[1:3], *SCRIPTS[4:], 'tests/make_toy.py',
+@pytest.mark.parametrize('script', [*SCRIPTS[1:3], *SCRIPTS[4:6], 'tests/make_toy.py',
                                     'tests/bench.py'])
 def test_help(script):
     done = well(inside(script, '--help'))
