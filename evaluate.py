@@ -37,7 +37,6 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-import export
 import model as m
 import rewards as R
 
@@ -450,7 +449,7 @@ with m.replacing(out) as tmp:
         settings=settings, rows=table, differences=differences, unavailable=unavailable,
         truncated=truncated, seconds=seconds,
         device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
-        **export.versions()), indent=1))
+        **m.versions()), indent=1))
 print(out)
 m.gathered(None)
 m.leave()

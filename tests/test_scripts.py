@@ -29,7 +29,7 @@ from conftest import (
     weights)
 
 SCRIPTS = ['model.py', 'train_stage1.py', 'train_stage2.py', 'rewards.py', 'evaluate.py',
-           'sample.py', 'export.py']
+           'sample.py']
 SMALL = ['--batch', 4, '--micro', 4, '--warmup', 0, '--cooldown', 0, '--sample_every', 0,
          '--log_every', 1, '--workers', 1]
 TRAIN = ['train_stage1.py', *SMALL, '--iters', 4, '--save_every', 2, '--heads_lr', 3e-4]
@@ -282,16 +282,21 @@ def test_sample_teacher_prompt_and_prompts_file(tmp_path):
     """And a prompt of 100,000 characters is cut, in the text encoder and under the picture."""
     (tmp_path / 'p.txt').write_text('a red circle on blue\n\na green ring on black\n')
     (tmp_path / 'long.txt').write_text('a red circle on blue ' * 5_000)
-    for flags in (['--teacher', '--steps', 3, '--cfg', 2], ['--prompts', tmp_path / 'p.txt'],
-                  ['--prompt', 'a red star on white'], ['--prompts', tmp_path / 'long.txt']):
+    for flags, said in (
+            (['--teacher'], '50 steps of EulerDiscreteScheduler, guidance 3.0'),
+            (['--teacher', '--steps', 3, '--cfg', 2], '3 steps of EulerDiscreteScheduler, guida'
+             'nce 2.0'),
+            (['--prompts', tmp_path / 'p.txt'], ''), (['--prompt', 'a red star on white'], ''),
+            (['--prompts', tmp_path / 'long.txt'], '')):
         (tmp_path / 's.png').unlink(missing_ok=True)
-        well(inside(
+        done = well(inside(
             'sample.py', '--ckpt', STUDENT, *flags, '--n', 2, '--out', tmp_path / 's.png'))
         assert Image.open(tmp_path / 's.png').size[1] < 400
+        assert said in done.stdout
 
 def test_sample_finds_the_newest_run(plain, tmp_path):
     """A true start, from another folder."""
-    for name in ('model.py', 'sample.py', 'export.py', 'assets'):
+    for name in ('model.py', 'sample.py', 'assets'):
         (tmp_path / name).symlink_to(ROOT / name)
     assert STUDENT in inside('sample.py', '--n', 1, cwd=tmp_path).stdout
     (tmp_path / 'out/stage1').mkdir(parents=True)
