@@ -156,7 +156,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(plain, tmp_path):
     with (out / 'log.jsonl').open('a') as file:                  # beyond the save, and half a line
         file.write('{"iteration": 3}\n{"iteration": 4, "fa')
     done = well(start(*TRAIN, '--out', out))
-    assert 'from iteration 2' in done.stdout
+    assert 'of iteration 2' in done.stdout
     assert equal(weights(plain, 4), weights(out, 4))
     assert not list(out.glob('*.tmp'))
     lines, calm = rows(out), rows(plain)
@@ -246,7 +246,7 @@ def test_own_data_alone_suffices_and_its_troubles_are_counted(tmp_path):
     run = tmp_path / 'run'
     done = well(start(
         'train_stage1.py', *SMALL, '--batch', 2, '--micro', 1, '--iters', 3, '--data', folder,
-        '--checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload', '--out', run,
+        '--grad_checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload', '--out', run,
         ranks=2))
     said = f'--data {folder}: 6 pictures in the column image, captions in text\n'
     assert said in done.stdout
@@ -610,7 +610,7 @@ def test_stage_2_resumes_bit_for_bit(joint, tmp_path):
     shutil.copytree(joint[0], out, ignore=shutil.ignore_patterns('state-0000006'))
     (out / 'eval.jsonl').write_text('{"iteration": 0}\n{"iteration": 3}\n')
     lines, done = second(out, *JOINT)
-    assert 'from iteration 3' in done.stdout
+    assert 'of iteration 3' in done.stdout
     assert equal(weights(joint[0], 6), weights(out, 6))
     assert [row['iteration'] for row in lines] == [1, 2, 3, 4, 5, 6]
     assert rows(out, 'eval.jsonl') == [dict(iteration=0)]
@@ -622,7 +622,7 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
     init.mkdir()
     for name in ('student', 'state-0000004'):
         (init / name).symlink_to(plain / name)
-    odd = dict(cfg=2.5, gan_weight=.3, couple=.5, checkpointing=True)
+    odd = dict(cfg=2.5, gan_weight=.3, couple=.5, grad_checkpointing=True)
     told = json.loads((plain / 'args.json').read_text()) | odd
     (init / 'args.json').write_text(json.dumps(told))
     rates = [x for name in ('student', 'fake', 'heads', 'rl') for x in (f'--{name}_lr', 0)]
@@ -639,7 +639,7 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
     # four steps in stage 1, two here
     assert {v.item() for k, v in after.items() if k.startswith('student.step/')} == {6}
     handed = ('offload sam data data_files data_limit image_column text_column prompts workers cfg '
-              'gan gan_weight gan_crop split ttur batch micro checkpointing save_dtype').split()
+              'gan gan_weight gan_crop split ttur batch micro grad_checkpointing save_dtype').split()
     args = json.loads((out / 'args.json').read_text())
     assert {name: args[name] for name in handed} == {name: told[name] for name in handed}
     assert args['couple'] == .75
@@ -740,10 +740,10 @@ BAD = [
     (ONE, ['--model', 'TMP/odd'], "--model: its scheduler predicts 'sample'"),
     (ONE, ['--model', 'some-body/no-such-model', '--force'],
      'downloaded; --model assets/toy/sdxl runs'),
-    (ONE, ['--model', 'some-body/no-such-model', '--checkpointing', '--micro', '1', '--batch', '1'],
+    (ONE, ['--model', 'some-body/no-such-model', '--grad_checkpointing', '--micro', '1', '--batch', '1'],
      'GB on each rank, which has'),
     (ONE, ['--model', 'some-body/no-such-model', '--cpu_offload', '--micro', '1', '--batch', '1',
-           '--checkpointing', '--gan', 'none', '--offload'], '--cpu_offload takes 82.1 GB of main'),
+           '--grad_checkpointing', '--gan', 'none', '--offload'], '--cpu_offload takes 82.1 GB of main'),
     (ONE, ['--cpu_offload', '--lora', '4'], '--cpu_offload is for networks trained whole'),
     (ONE, ['--sam', 'TMP/nowhere.pth'], '--sam TMP/nowhere.pth does not exist'),
     (ONE, ['--sam', 'TMP/pickled.pth'], 'pickled code; --sam assets/toy/sam.pth runs offline'),
