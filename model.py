@@ -91,11 +91,11 @@ def sentence(words, kinds=BAD_FILE):
 
 # flags of diffusers' own scripts, and what they are here
 THEIRS = dict(
-    train_batch_size='--batch, of all ranks together', gradient_accumulation_steps='--micro, prompts '
-    'per forward: --batch / ranks / micro accumulate', max_train_steps='--iters',
-    learning_rate='--student_lr, --fake_lr and --heads_lr', output_dir='--out',
-    pretrained_model_name_or_path='--model', dataset_name='--data', train_data_dir='--data',
-    caption_column='--text_column', lr_warmup_steps='--warmup', checkpointing_steps='--save_every',
+    train_batch_size='--batch, of all ranks together', max_train_steps='--iters',
+    gradient_accumulation_steps='--micro, what a rank takes at once of its share of --batch',
+    learning_rate='--student_lr, --fake_lr and --heads_lr', lr_warmup_steps='--warmup',
+    output_dir='--out', pretrained_model_name_or_path='--model', dataset_name='--data',
+    train_data_dir='--data', caption_column='--text_column', checkpointing_steps='--save_every',
     gradient_checkpointing='--grad_checkpointing', guidance_scale='--cfg', rank='--lora',
     num_inference_steps='--steps', num_train_epochs='--iters', report_to='--wandb PROJECT',
     validation_prompt='--prompts FILE', dataloader_num_workers='--workers',
@@ -1370,8 +1370,8 @@ def last_words(kind, error, trace):
     and a sentence. At a normal exit the process group would wait for those who are gone."""
     words = ''
     if isinstance(error, KeyboardInterrupt):
-        words = ('told to stop; what was saved is whole, and the same command goes on from there, or '
-                 'begins anew')
+        words = ('told to stop; what was saved is whole, and the same command goes on from '
+                 'there, or begins anew')
     elif isinstance(error, Unreadable):
         words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -165,6 +165,8 @@ for left in out.glob('[!.]*') if args.check and rank == 0 else ():
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
+
+# -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(                                      # of a size that the model will tell
     args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
     limit=args.data_limit)
