@@ -1319,7 +1319,6 @@ def read_prompts(path, flag='--prompts', blank=False):
 def quiet():
     """No warnings, retry reports and progress bars from the Hugging Face libraries, but for those
     of downloads, on one rank; their errors become sentences."""
-    import datasets
     import diffusers
     import huggingface_hub
     import transformers
@@ -1329,8 +1328,6 @@ def quiet():
     huggingface_hub.utils.logging.set_verbosity_error()
     if os.environ.get('LOCAL_RANK', '0') == '0':
         huggingface_hub.utils.enable_progress_bars()               # transformers' turned them off
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     # torch.compile's, of diffusers' own code
     warnings.filterwarnings('ignore', message='.*lru_cache')
 
@@ -1925,7 +1922,7 @@ class Log:
         self.file = out / 'log.jsonl'
         self.device, self.args = device, args
         self.seen, self.clock = {}, time.time()
-        self.begin = start, time.time()
+        self.begin, self.last = (start, time.time()), start
         self.dropped = self.in_a_row = 0
         self.data = Counter()                     # TROUBLE with the data, of this rank
         if dist.get_rank():
@@ -1964,8 +1961,9 @@ class Log:
         return ', '.join(f'{found[reason]} {reason}' for reason in TROUBLE if found[reason])
 
     def write(self, it):
-        """The only place where metrics leave the device."""
-        if it % self.args.log_every:
+        """The only place where metrics leave the device: every --log_every iterations, and after
+        the first of a run."""
+        if it % self.args.log_every and it > 1:
             return
         for reason in TROUBLE:
             self(f'data/{reason}', self.data[reason] * dist.get_world_size())
@@ -1973,8 +1971,8 @@ class Log:
         values = torch.stack([torch.stack(self.seen[name]).mean() for name in names])
         dist.all_reduce(values)
         row = dict(zip(names, (values / dist.get_world_size()).tolist()))
-        seconds = (time.time() - self.clock) / self.args.log_every
-        self.seen, self.clock = {}, time.time()
+        seconds = (time.time() - self.clock) / (it - self.last)
+        self.seen, self.clock, self.last = {}, time.time(), it
         if dist.get_rank():
             return
         shown = {name: value for name, value in row.items() if not name.startswith('data/')}
@@ -2147,7 +2145,10 @@ class Pictures:
 
     def __init__(self, source, files, image_column, text_column, size, seed, flag='--data', limit=0,
                  captioned=True):
+        import datasets                            # not in quiet(): it costs sample.py a second
         quiet()
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
         self.name = f'{flag} {source}'
         self.size = size
         self.seed = seed
