@@ -1211,7 +1211,7 @@ def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
             assert isinstance(facts[key], kind) and facts[key] not in ('', []), key
         if facts.get('lora'):
             assert facts['lora']['rank'] > 0 and facts['lora']['alpha'] > 0
-    home = here / facts['base_model']
+    home = HERE / facts['base_model']
     if home.exists() and not Path(facts['base_model']).exists():         # from another folder
         facts['base_model'] = str(home)
     return folder, facts

@@ -269,7 +269,7 @@ for name, named in weights.items():
         named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'networks: {count:.1f} M trained parameters in the student, {time.time() - began:.1f} s',
+    print(f'networks: {count:.3g} M trained parameters in the student, {time.time() - began:.1f} s',
           flush=True)
 # --------------------------------------------------------------------------------------------------
 

@@ -870,7 +870,7 @@ def test_what_a_run_says_first(plain):
     """The recipe, then the plan, the data and the networks; the time left in each line."""
     said = plain.with_name('said').read_text()
     lines = said.splitlines()
-    for line, begin in zip(lines, ('recipe toy: ', 'plan: ', '--data ', 'networks: 4.5 M ')):
+    for line, begin in zip(lines, ('recipe toy: ', 'plan: ', '--data ', 'networks: 4.')):
         assert line.startswith(begin)
     assert re.search(r"the teacher's pictures: 50 steps, [\d.]+ s", said)
     assert re.search(r'    1/4 .* s/it, \d+ s left', said)
@@ -885,7 +885,13 @@ def test_from_any_folder(tmp_path):
     assert args['model'] == facts['base_model'] == 'assets/toy/sdxl'
     done = well(inside(*TRAIN, '--iters', 2, '--gan', 'none', '--out', tmp_path / 'run'))
     assert '--model is' not in done.stdout and 'of iteration 1' in done.stdout
-    well(inside(ROOT / 'sample.py', '--ckpt', 'run', '--n', 1, cwd=tmp_path))
+    done = well(inside(
+        ROOT / TWO, *SMALL, '--eval_every', 0, '--iters', 1, '--critic_warmup', 1,
+        '--save_every', 1, '--out', 'two', cwd=tmp_path))
+    assert 'the student is unchanged: all 1 iterations' in done.stdout
+    facts = json.loads((tmp_path / 'two/student/student.json').read_text())
+    assert facts['base_model'] == 'assets/toy/sdxl'
+    well(inside(ROOT / 'sample.py', '--ckpt', 'two', '--n', 1, cwd=tmp_path))
 
 def test_all_that_is_missing_at_once(monkeypatch):
     """What is on the hub and not here, with licences to accept, and a library; before any of it."""
