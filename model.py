@@ -375,8 +375,6 @@ def load_network(name, kind, part):
 def check_sources(args):
     """Ends with one sentence that names all that a training script's run lacks: repositories of the
     hub that are neither here nor to be had, with their licences, and the library of --wandb."""
-    if not Path(args.model).exists() and not hub_id(args.model):
-        die(f'--model {args.model} does not exist')
     words = []
     if args.wandb and not importlib.util.find_spec('wandb'):
         words.append('--wandb needs wandb: pip install wandb')
@@ -399,6 +397,10 @@ def unreachable(what, name, kind):
     with contextlib.suppress(Exception):
         hub.snapshot_download(name, repo_type=kind, local_files_only=True)
         return ''
+    if kind == 'dataset':                                  # datasets has a cache of its own
+        import datasets
+        if Path(datasets.config.HF_DATASETS_CACHE, name.replace('/', '___')).exists():
+            return ''
     page = f'https://huggingface.co/{"datasets/" if kind == "dataset" else ""}{name}'
     try:
         hub.HfApi().auth_check(name, repo_type=kind)
@@ -1654,6 +1656,8 @@ def default_recipe(parser, recipes):
 def plan(args, out, device):
     """Prints what a run with these settings takes, beside what there is; ends with a sentence where
     it cannot fit, but for --force. Returns GB a rank, as far as they are counted."""
+    if not Path(args.model).exists() and not hub_id(args.model):
+        die(f'--model {args.model} does not exist')
     world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     need = gigabytes(args, world, here, device.type == 'cuda')
     total = need['frozen'] + need['trained'] + need['activations']

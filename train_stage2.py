@@ -212,7 +212,6 @@ if args.batch % (world * args.micro):
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
 prompts = m.read_prompts(args.prompts)[:8]
-m.check_sources(args)                                       # what is to be fetched, and wandb
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
 for left in out.glob('[!.]*') if args.check and rank == 0 else ():
@@ -220,6 +219,7 @@ for left in out.glob('[!.]*') if args.check and rank == 0 else ():
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
+m.check_sources(args)
 
 # -- data ------------------------------------------------------------------------------------------
 pictures = m.Pictures(                                      # of a size that the model will tell
