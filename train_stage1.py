@@ -161,11 +161,9 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            fake_lora=0, dyna=0, dyna_iters=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 if args.dyna and not args.fake_lora:
-    m.die(f"--dyna {args.dyna}: the real score is the fake score's adapters at another scale; "
-          'give --fake_lora 32 as well')
+    m.die(f'--dyna {args.dyna} scales adapters of the fake score; give --fake_lora 32 as well')
 if args.fake_lora and args.couple < 1:
-    m.die(f"--couple {args.couple}: with --fake_lora the fake score's adapters are not the "
-          "student's weights; give --couple 1")
+    m.die(f'--couple {args.couple}: adapters of --fake_lora are not coupled; give --couple 1')
 rank, world, device = m.launch(args.timeout + 5)
 if args.cpu_offload and args.lora:
     m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
@@ -215,12 +213,13 @@ if args.checkpointing:
 # as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
 # teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP), and
 # so is a teacher with adapters on it
-whole = not lora and (world > 1 or args.cpu_offload)
-how = dict(cpu_offload=args.cpu_offload, compiled=args.compile)
-student = m.parallel(nets['student'], device, shard=whole, **how)
-fake = m.parallel(nets['fake'], device, shard=whole and not lora_f, **how)
+how = dict(shard=not lora and (world > 1 or args.cpu_offload), cpu_offload=args.cpu_offload,
+           compiled=args.compile)
+student = m.parallel(nets['student'], device, **how)
 heads = m.parallel(nets.get('heads'), device, compiled=args.compile)
-m.parallel(base.teacher, device, shard=whole and not lora_f, **how)
+how['shard'] = how['shard'] and not lora_f
+fake = m.parallel(nets['fake'], device, **how)
+m.parallel(base.teacher, device, **how)
 if args.compile:
     base.vae.decoder.compile(fullgraph=True, dynamic=False)
 weights = {name: m.trained(net) for name, net in nets.items()}
@@ -432,7 +431,7 @@ for it in range(start, args.iters + 1):
         if gan:
             log('gan/g', L_adv)
             log('grad/gan', norm(d_v))
-        # -- one distillation: the student -----------------------------------------------------------
+        # -- one distillation: the student ---------------------------------------------------------
         torch.autograd.backward([x0, z], [d_x / n, d_v / n])
 
     if learns:

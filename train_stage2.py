@@ -168,9 +168,9 @@ flag('--rl_steps', choices=['high', 'all'], default='high',
      help='steps s that get them: those that lead to a high-noise step, or all but the last')
 flag('--rl_lr', type=float, help="the student's learning rate in preference updates")
 flag('--rl_prompts', default='', help='text file of their prompts; empty: the captions of --data')
-flag('--candidates', type=int, default=4, help='K, next states of each z_s, or rollouts of a prompt')
+flag('--candidates', type=int, default=4, help='K, next states of a z_s, or rollouts of a prompt')
 flag('--beta', type=float, default=500., help='sharpness; log p are means over dimensions')
-flag('--clamp', type=float, default=0., help="keep p / p_ref within 1 -+ this, LPO's and PPO's; 0: off")
+flag('--clamp', type=float, default=0., help='keep p / p_ref within 1 -+ this; 0: off')
 flag('--critic_warmup', type=int, default=0, help='first iterations for fake score and D, if new')
 flag('--eval_every', type=int, default=250, help='iterations between evaluations; 0: none')
 flag('--eval_n', type=int, default=128, help='of --prompts, how many are evaluated')
@@ -216,18 +216,15 @@ if args.check:                               # a distillation and a preference u
     args.critic_warmup = 0
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
            rl_lr=0)
-pixels = all(name in R.SCORES for name in args.reward)           # a reward of pictures, or several
+pixels = all(name in R.SCORES for name in args.reward)                       # all are of pictures
 if len(args.reward) > 1 and not pixels:
     m.die(f'--reward {" ".join(args.reward)}: only rewards of pictures can be added up')
 if len(args.reward) != len(args.reward_weight):
-    m.die(f'--reward_weight: {len(args.reward_weight)} for the {len(args.reward)} of --reward '
-          f'{" ".join(args.reward)}; give one for each')
+    m.die(f'--reward_weight {args.reward_weight}: give one for each of --reward {args.reward}')
 if args.rl == 'refl' and not pixels:
-    m.die(f'--reward {args.reward[0]} is not differentiated; with --rl refl give one of pictures, '
-          'pickscore or hpsv2.1')
+    m.die(f'--reward {args.reward[0]} has no gradient here; give --rl refl one of pictures')
 if 'discriminator' in args.reward and args.gan != 'latent':
-    m.die(f'--reward discriminator is the latent one, which --gan {args.gan} does not train; give '
-          '--gan latent')
+    m.die(f'--reward discriminator: --gan {args.gan} trains none on latents; give --gan latent')
 if args.rl == 'grpo' and args.batch % args.candidates:
     m.die(f'--batch {args.batch} is not a multiple of --candidates {args.candidates}, the rollouts '
           'of a prompt; change one of them')
@@ -244,11 +241,9 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            fake_lora=0, dyna=0, dyna_iters=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 if args.dyna and not args.fake_lora:
-    m.die(f"--dyna {args.dyna}: the real score is the fake score's adapters at another scale; "
-          'give --fake_lora 32 as well')
+    m.die(f'--dyna {args.dyna} scales adapters of the fake score; give --fake_lora 32 as well')
 if args.fake_lora and args.couple < 1:
-    m.die(f"--couple {args.couple}: with --fake_lora the fake score's adapters are not the "
-          "student's weights; give --couple 1")
+    m.die(f'--couple {args.couple}: adapters of --fake_lora are not coupled; give --couple 1')
 rank, world, device = m.launch(args.timeout + 5)
 if args.cpu_offload and args.lora:
     m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
@@ -298,12 +293,13 @@ if args.checkpointing:
 # as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
 # teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP), and
 # so is a teacher with adapters on it
-whole = not lora and (world > 1 or args.cpu_offload)
-how = dict(cpu_offload=args.cpu_offload, compiled=args.compile)
-student = m.parallel(nets['student'], device, shard=whole, **how)
-fake = m.parallel(nets['fake'], device, shard=whole and not lora_f, **how)
+how = dict(shard=not lora and (world > 1 or args.cpu_offload), cpu_offload=args.cpu_offload,
+           compiled=args.compile)
+student = m.parallel(nets['student'], device, **how)
 heads = m.parallel(nets.get('heads'), device, compiled=args.compile)
-m.parallel(base.teacher, device, shard=whole and not lora_f, **how)
+how['shard'] = how['shard'] and not lora_f
+fake = m.parallel(nets['fake'], device, **how)
+m.parallel(base.teacher, device, **how)
 if args.compile:
     base.vae.decoder.compile(fullgraph=True, dynamic=False)
 weights = {name: m.trained(net) for name, net in nets.items()}
@@ -321,8 +317,8 @@ if 'student' not in inherited:
     m.restore_student(base, nets['student'], folder, lora)
 reference = m.frozen_copy(base, nets['student'], args.compile)
 adversarial = args.rl == 'grpo' and 'discriminator' in args.reward
-if adversarial:              # D's last logits at each level, saved with the state; NaN: none as yet
-    weights['logits'] = {x: torch.full((args.steps, 512), math.nan) for x in ('real', 'made')}
+if adversarial:              # D's last logits at each level, saved with the state; inf: none as yet
+    weights['logits'] = {x: torch.full((args.steps, 512), math.inf) for x in ('real', 'made')}
 m.load_state(state, weights, opts)
 
 # -- split -----------------------------------------------------------------------------------------
@@ -404,8 +400,10 @@ def reward(z, t, prompts):
     if args.reward == ['latent']:
         return lrm(z, t, lrm.encode(prompts))
     y = base.encode(prompts)
-    if not pixels:
-        return heads(base.features(nets['fake'], z, t, y)[-1])[:, 0]
+    if args.reward == ['discriminator']:
+        with torch.no_grad():                         # what is learnt from it is the heads' alone
+            *_, bottleneck = base.features(nets['fake'], z, t, y)
+        return heads(bottleneck)[:, 0]
     rewards = []
     for k in range(0, len(z), args.micro):           # each takes 3.2 GB at 1024 px (tests/bench.py)
         j = slice(k, k + args.micro)
@@ -584,6 +582,11 @@ def state_after(x0, eps, k):
     t = levels[k].expand(len(x0))
     return (schedule.noised(x0, eps[:, k + 1], t) if k + 1 < S else x0), t
 
+def of_states(x0, eps, texts):
+    """Rewards (b, S) of the student's states after each of its steps; x0: S clean latents."""
+    states = [state_after(x0[k], eps, k) for k in range(S)]
+    return torch.stack([reward(z, t, texts) for z, t in states], 1)
+
 def auc(real, made):
     """P(D(real) > D(made)) + P(they are equal) / 2 at each level: (S, N) -> (S,)."""
     more = real[:, :, None] - made[:, None]
@@ -629,90 +632,73 @@ for it in range(start, args.iters + 1):
             group['lr'] = rate * warmed(it)
 
     if not distils(it) and args.rl == 'grpo':
-        # K rollouts of a prompt from the same z_0: sample i has those of the first in its group
+        # K rollouts of a prompt from one z_0: sample i has those of the first in its group
         K = args.candidates
         firsts = [i - i % K for i in mine]
         texts = captions(it, firsts)
-        log.data.update(cut=base.cut(texts))
         y = base.encode(texts)
         eps, _ = m.draw(args.seed, it, mine, (2 * S, *base.latent_shape))
-        eps[:, 0] = m.draw(args.seed, it, firsts, (2 * S, *base.latent_shape))[0][:, 0]
-        if adversarial:
-            rows = next(loader)
-            log.data.update(rows['trouble'])
-            y_real = base.encode(rows['text'])
+        eps[:, :1], _ = m.draw(args.seed, it, firsts, (1, *base.latent_shape))
+        photos = next(loader) if adversarial else {}
+        log.data.update(photos.get('trouble'), cut=base.cut(texts))
         rollouts, made, real = [], [], []
         for i in range(0, len(mine), args.micro):
             j = slice(i, i + args.micro)
-            b = SimpleNamespace(y=[v[j] for v in y], eps=eps[j, :S].to(device), x0=[None])
+            b = SimpleNamespace(y=[v[j] for v in y], eps=eps[j, :S].to(device), x=[None])
             rollouts.append(b)
-            with torch.no_grad():
-                for k in range(S):                           # x0[k + 1] is the student's at step k
-                    z, t = m.at_step(base, steps, b.eps, k, b.x0[k])
-                    b.x0.append(base.x0(student, z, t, b.y))
-                if pixels:                                           # of the finished picture alone
-                    made.append(weighted(of_pictures(b.x0[S], texts[j]))[:, None])
-                elif not adversarial:
-                    z, t = zip(*[state_after(b.x0[k + 1], b.eps, k) for k in range(S)])
-                    made.append(torch.stack([reward(*x, texts[j]) for x in zip(z, t)], 1))
-            if not adversarial:
-                continue
-                # D, as it is before it has seen any of these, scores them and then learns them
-            x_real = base.latents(rows['pixels'][j].to(device))
-            y_both = [torch.cat([v[j], w[j]]) for v, w in zip(y_real, y)]
-            logits = []
-            for k in range(S):
-                z_real, t = state_after(x_real, eps[j, S:].to(device), k)
-                z, _ = state_after(b.x0[k + 1], b.eps, k)
-                with torch.no_grad():
-                    maps = base.features(
-                        nets['fake'], torch.cat([z_real, z]), t.repeat(2), y_both)[-1]
-                logits.append(heads(maps)[:, 0])
-                at_real, at_made = logits[k].chunk(2)
-                L_D = F.softplus(-at_real).mean() + F.softplus(at_made).mean()
-                (L_D / (n * S)).backward()
+            for k in range(S):                             # x[k + 1] is the student's at its step k
+                b.x.append(m.backward_simulation(
+                    base, student, steps, b.eps, b.y, k, k + 1, b.x[k]))
+            if pixels:                                               # of the finished picture alone
+                r = weighted(of_pictures(b.x[S], texts[j]))[:, None]
+            else:
+                r = of_states(b.x[1:], b.eps, texts[j])                                   # (b, S)
+            made.append(r.detach().cpu())
+            if adversarial:                 # D scores all of this before it learns any of it, below
+                x = base.latents(photos['pixels'][j].to(device))
+                at_real = of_states([x] * S, eps[j, S:].to(device), photos['text'][j])
+                L_D = F.softplus(-at_real).mean() + F.softplus(r).mean()
+                (L_D / n).backward()
                 log('gan/d', L_D)
-            at_real, at_made = torch.stack(logits, 1).detach().chunk(2)                # (b, S)
-            real.append(at_real)
-            made.append(at_made)
+                real.append(at_real.detach().cpu())
 
         # a group's scores may come from several ranks
-        r = torch.cat(m.gathered(torch.cat(made).cpu()))                           # (B, S) or (B, 1)
-        floor = .1 * r[r.isfinite().all(1)].std(0).nan_to_num()
-        sound = 1.
+        r = torch.cat(m.gathered(torch.cat(made)))                                    # (B, S or 1)
+        last = [r.T]
         if adversarial:
-            at_real = torch.cat(m.gathered(torch.cat(real).cpu()))
-            for last, new in zip(weights['logits'].values(), (at_real, r)):
-                last.copy_(torch.cat([last, new.T], 1)[:, -512:])
-            last = [x[:, x.isfinite().all(0)] for x in weights['logits'].values()]
-            floor = .1 * torch.cat(last, 1).std(1)
+            at_real = torch.cat(m.gathered(torch.cat(real)))
+            for kept, new in zip(weights['logits'].values(), (at_real, r)):
+                kept.copy_(torch.cat([kept, new.T], 1)[:, -512:])
+            last = [*weights['logits'].values()]
+        last = [x[:, x.isfinite().all(0)] for x in last]                               # (S or 1, N)
+        A = advantages(r, K, .1 * torch.cat(last, 1).std(1).nan_to_num())
+        if adversarial:
             # a level where D cannot tell, or always can, has nothing to teach
             share = auc(*last)
-            sound = (.55 < share) & (share < .98)
+            A = A * ((.55 < share) & (share < .98))
             for k in range(S):
                 log(f'auc/{int(levels[k])}', share[k])
-        A = advantages(r, K, floor) * sound
         # to go: what a step can have brought about is what the states after it are worth
-        to_go = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)     # (B, S)
-        log('rl/advantage', to_go.abs().mean())
-        log('reward/grpo', r.nanmean())
+        R = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)          # (B, S)
         norms = []
-        for b, R_b in zip(rollouts, to_go[mine].to(device).split(args.micro)):
-            for k in rl_steps if to_go.any() else ():
-                z, t = m.at_step(base, steps, b.eps, k, b.x0[k])
+        for b, R_b in zip(rollouts, R[mine].to(device).split(args.micro)):
+            for k in rl_steps if R.any() else ():
+                z, t = m.at_step(base, steps, b.eps, k, b.x[k])
                 x0 = base.x0(student, z, t, b.y)                                    # (b, C, h, w)
-                z, t = state_after(b.x0[k + 1], b.eps, k)
-                ratio = log_ratio(z, x0, b.x0[k + 1], schedule.alpha(t), schedule.sigma(t)).exp()
+                z, t = state_after(b.x[k + 1], b.eps, k)
+                ratio = log_ratio(z, x0, b.x[k + 1], schedule.alpha(t), schedule.sigma(t)).exp()
                 L = -ratio * R_b[:, k]
                 if args.clamp:
-                    kept = ratio.clamp(1 - args.clamp, 1 + args.clamp)
-                    L = torch.maximum(L, -kept * R_b[:, k])
+                    inside = ratio.clamp(1 - args.clamp, 1 + args.clamp)
+                    L = L.maximum(-inside * R_b[:, k])
                 (L.mean() / (n * len(rl_steps))).backward()
                 log('rl/ratio', ratio.mean())
-        if to_go.any():                     # else not even the moments move
+        if R.any():                                     # else not even the moments move
             norms.append(m.update(opts['student'], nets['student']))
         if adversarial:
             norms.append(m.update(opts['heads'], nets['heads']))
+        log('rl/advantage', R.abs().mean())
+        log('reward/states', r.nanmean())
         log.count(it, norms)
         log.write(it + 1)
         continue
@@ -834,7 +820,7 @@ for it in range(start, args.iters + 1):
         if gan:
             log('gan/g', L_adv)
             log('grad/gan', norm(d_v))
-        # --------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
 
         if args.rl == 'refl':
             # DMDR's ReFL: the reward of x0, differentiated, is summed with the DM loss
@@ -842,7 +828,7 @@ for it in range(start, args.iters + 1):
             d_x = d_x + d_R
             log('grad/reward', norm(d_R))
 
-        # -- one distillation: the student -----------------------------------------------------------
+        # -- one distillation: the student ---------------------------------------------------------
         torch.autograd.backward([x0, z], [d_x / n, d_v / n])
 
     if learns:
