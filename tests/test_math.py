@@ -680,6 +680,163 @@ def test_the_gradient_of_a_preference_update_is_the_papers(case, tmp_path, monke
             'rl/gap': (r.amax(1) - r.amin(1)).mean(), f'reward/{int(steps[s])}': r.mean()}.items():
         assert abs(row[key] - value) < 1e-3 * abs(value) + 1e-6, key
 
+def parts_of_stage_2(name, gan, folder):
+    """A base, its student and fake score, both with adapters, heads, and the student on the disk,
+    from which stage 2 begins."""
+    base = family(name)
+    lora = m.lora_config(base.teacher, 4, 8., 'attention')
+    torch.manual_seed(0)
+    student = moved(base.trainable(lora), 0)
+    facts = dict(base_model=f'assets/toy/{name}', recipe='toy', iteration=9, prompts=['a star'],
+                 steps=[])
+    folder.mkdir()
+    nets = dict(student=student, fake=moved(copy.deepcopy(student), 1, 1.))
+    if gan == 'latent':
+        nets['heads'] = m.Head(base.channels(base.teacher)[-1])
+    return base, lora, nets, facts
+
+GROUPS = {        # family, --reward, --steps, --seed, by how much D favours real pictures
+    'sd3-pickscore': ('sd3', 'pickscore', 2, 2, 0.),
+    'discriminator': ('sdxl', 'discriminator', 4, 5, 0.),
+    'constant': ('sdxl', 'discriminator', 4, 5, None)}
+
+@pytest.mark.parametrize('case', GROUPS)
+def test_the_gradient_of_a_policy_update(case, tmp_path):
+    """GRPO's at x0 is -R alpha' n / (sigma' D) where the next state is alpha' x0 + sigma' n: the
+    ratio is exactly 1 and its slope that of log p, in float64. R is the mean of what is to come,
+    each state's reward over its group's mean, by the pooled deviation. The heads learn from the
+    same logits and the fake score from nothing; a D that is constant moves no bit of the student,
+    its moments neither."""
+    name, kind, S, seed, side = GROUPS[case]
+    constant = case == 'constant'
+    pixels = kind == 'pickscore'
+    gan = 'none' if pixels else 'latent'
+    base, lora, nets, facts = parts_of_stage_2(name, gan, tmp_path / 'init')
+    schedule, it, K = base.schedule, 1, 2
+    steps = schedule.steps(S)
+    with alone():
+        m.save_student(tmp_path / 'init/student', base, nets['student'], steps, 'float32', facts,
+                       lora)
+    if constant:
+        nn.init.zeros_(nets['heads'][-1].weight)
+    kept = {}
+    if not pixels:
+        kept['logits'] = nn.ParameterDict(
+            {x: torch.full((S, 512), math.inf) for x in ('real', 'made')})
+    row, after, grads, page = iteration(
+        'train_stage2.py', tmp_path / 'run', it, nets | kept, '--init', tmp_path / 'init',
+        '--recipe', 'toy-sd3' if name == 'sd3' else 'toy', '--model', f'assets/toy/{name}', '--rl',
+        'grpo', '--reward', kind, '--no-joint', '--gan', gan, '--seed', seed, '--candidates', K,
+        '--no-split', '--couple', 1)
+    for net in nets:
+        assert all(torch.equal(after[net][k], w) for k, w in m.trained(nets[net]).items())
+    assert not grads['fake']
+
+    # rollouts; samples 0 and 1 are a group, 2 and 3 another: one prompt, one first noise
+    eps, _ = m.draw(seed, it, range(BATCH), (2 * S, *base.latent_shape))
+    eps[1::2, 0] = eps[::2, 0]
+    real, captions = samples(base, seed, it)
+    texts = [captions[i - i % K] for i in range(BATCH)]
+    y = base.encode(texts)
+    student = nets['student']
+    at = [*steps[:, None].expand(S, BATCH), torch.zeros(BATCH)]
+    z, x = [eps[:, 0]], []
+    with torch.no_grad():
+        for k in range(S):
+            x.append(base.x0(student, z[k], at[k], y))
+            z.append(schedule.noised(x[k], eps[:, k + 1], at[k + 1]) if k + 1 < S else x[k])
+
+    def D(z, t, texts):
+        return nets['heads'](base.features(nets['fake'], z, t, base.encode(texts))[-1])[:, 0]
+
+    if pixels:
+        from rewards import PickScore
+        judge = PickScore(str(ROOT / 'assets/toy/pickscore'))
+        with torch.no_grad():
+            r = judge.score((base.decode(z[S]) / 2 + .5).clamp(0, 1), texts)[:, None]
+        spread, sound = r.std(0), T([True])
+    else:
+        clean = base.latents(real)
+        levels = range(1, S + 1)
+        photos = [schedule.noised(clean, eps[:, S + k], at[k]) if k < S else clean for k in levels]
+        r = torch.stack([D(z[k], at[k], texts) for k in levels], 1)
+        r_real = torch.stack([D(photos[k - 1], at[k], captions) for k in levels], 1)
+        if not constant:
+            loss = F.softplus(-r_real).mean() + F.softplus(r).mean()
+            assert_same_gradient(grads['heads'], gradient(loss, nets['heads']))
+        r, r_real = r.detach(), r_real.detach()
+        more = (r_real[:, None] > r).double() + .5 * (r_real[:, None] == r)
+        share = more.mean((0, 1))
+        assert torch.allclose(share, T([row[f'auc/{int(t[0])}'] for t in at[1:]]).double())
+        sound = (.55 < share) & (share < .98)
+        assert constant or 0 < sound.sum() < S
+        assert torch.allclose(after['logits']['real'][:, -BATCH:], r_real.T, atol=1e-5)
+        assert after['logits']['made'][:, :-BATCH].isinf().all()
+        spread = torch.cat([r_real, r]).std(0)
+    if constant:
+        assert row['rl/advantage'] == 0 and not sound.any()
+        assert not grads['student'] and 'rl/ratio' not in row
+        return
+    over = torch.cat([g - g.mean(0) for g in r.double().split(K)])
+    A = over / torch.maximum(over.square().mean(0).sqrt(), .1 * spread.double()) * sound
+    assert abs(A.unflatten(0, (-1, K)).sum(1)).max() < 1e-12
+    assert row['rl/ratio'] == 1
+    loss = 0.
+    for k in range(S - 1):
+        x0 = base.x0(student, z[k], at[k], y)
+        R = A[:, -1] if pixels else A[:, k:].mean(1)
+        assert R.abs().max() < 5
+        a, sd = schedule.alpha(at[k + 1]).double(), schedule.sigma(at[k + 1]).double()
+        slope = -R.view(-1, 1, 1, 1) * a * eps[:, k + 1] / (sd * x0[0].numel())
+        loss = loss + (slope * x0).sum() / (BATCH * (S - 1))
+    assert_same_gradient(grads['student'], gradient(loss, student))
+
+    # the advantages by themselves: one member has none, a NaN silences its group alone
+    advantages = page['advantages']
+    assert not advantages(r, 1, T(0.)).any()
+    spoilt = torch.cat([r, r])
+    spoilt[0, 0] = math.nan
+    assert not advantages(spoilt, K, T(0.))[:K, 0].any()
+    assert advantages(spoilt, K, T(0.))[K:, 0].any()
+    assert not advantages(torch.full((4, 1), .1), K, T(0.)).any()
+
+    # a linear D = <w, z>: what makes its states likelier moves them along w
+    w, n = normal(64), normal(8000, 64, seed=1)
+    along = advantages((n @ w)[:, None], K, T(0.)).T @ n
+    assert F.cosine_similarity(along[0], w, dim=0) > .95
+
+def test_the_gradient_of_refl(tmp_path):
+    """DMDR's: that of DM plus the weighted sum of relu(goal - cosine), through the VAE; a picture
+    that is good enough adds nothing."""
+    from rewards import Clip, PickScore
+    base, lora, nets, facts = parts_of_stage_2('sdxl', 'none', tmp_path / 'init')
+    steps, it, seed, goal, each = base.schedule.steps(4), 1, 4, .68, (3., 4.)
+    with alone():
+        m.save_student(tmp_path / 'init/student', base, nets['student'], steps, 'float32', facts,
+                       lora)
+    row, after, grads, _ = iteration(
+        'train_stage2.py', tmp_path / 'run', it, nets, '--init', tmp_path / 'init', '--recipe',
+        'toy', '--model', 'assets/toy/sdxl', '--rl', 'refl', '--reward', 'pickscore', 'clip',
+        '--reward_weight', *each, '--goal', goal, '--gan', 'none', '--seed', seed, '--couple', 1)
+    s, = [k for k in range(4) if f'dm/{int(steps[k])}' in row]
+    expected, _ = algorithm_1(base, nets, s, it, seed, 'none', True, 1., 0)
+    eps, _ = m.draw(seed, it, range(BATCH), (9, *base.latent_shape))
+    texts = samples(base, seed, it)[1]
+    y = base.encode(texts)
+    x0 = base.x0(nets['student'], *m.reach(
+        base, nets['student'], steps, eps[:, :4], y, s), y)
+    pixels = (base.decode(x0) / 2 + .5).clamp(0, 1)
+    cosines = [PickScore(str(ROOT / 'assets/toy/pickscore')).score(pixels, texts),
+               Clip(str(ROOT / 'assets/toy/clip')).score(pixels, texts) / 100]
+    assert 0 < sum((r > goal).sum() for r in cosines) < 2 * BATCH
+    loss = sum(w * (goal - r).clamp(min=0).mean() for w, r in zip(each, cosines))
+    pull = gradient(loss, nets['student'])
+    assert length(pull) > .1 * length(expected['student'])
+    total = {k: g + pull[k] for k, g in expected['student'].items()}
+    assert_same_gradient(grads['student'], total)
+    assert_same_gradient(grads['fake'], expected['fake'])
+    assert abs(row['reward/pickscore'] - cosines[0].mean()) < 1e-4
+
 # --------------------------------------------------------------------------------------------------
 # SAM discriminator
 
