@@ -37,7 +37,6 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-import export
 import model as m
 import rewards as R
 
@@ -64,7 +63,7 @@ PAPER = dict(
           'Flash-DMD stage 2': ['1.0035', '0.2346', '-', '12.84']},
     sd3={'SD3-Medium, 28 steps, CFG 7': ['1.0173'], 'Flash-DMD stage 1, 32 x 4000': ['1.0193']})
 
-p = m.parser(__doc__)
+p = m.parser(__doc__, RECIPES)
 flag = p.add_argument
 flag('--ckpt', nargs='+', default=[],
      help='runs or student pipelines, a row each; none: newest of out/stage[12]*, else shipped')
@@ -450,7 +449,7 @@ with m.replacing(out) as tmp:
         settings=settings, rows=table, differences=differences, unavailable=unavailable,
         truncated=truncated, seconds=seconds,
         device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
-        **export.versions()), indent=1))
+        **m.versions()), indent=1))
 print(out)
 m.gathered(None)
 m.leave()

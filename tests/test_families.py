@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,13 +24,13 @@ from diffusers import (
     AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
     UNet2DConditionModel)
 from diffusers.loaders import single_file_utils as single_file
+from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bench
-import export
 import model as m
 from bench import MMDIT, UNET, VAE_OF
 from conftest import (
@@ -425,13 +426,13 @@ def test_a_student_has_a_card_whose_block_runs(name, students, monkeypatch, capf
 def test_the_card_names_the_licence_of_a_known_base(tmp_path):
     facts = dict(base_model='stabilityai/stable-diffusion-xl-base-1.0', recipe='sdxl', iteration=1,
                  prompts=['x'], steps=[999], lora=dict(rank=4))
-    export.write_card(tmp_path, facts, 'unet', tmp_path)
+    m.write_card(tmp_path, facts, 'unet', tmp_path)
     head = ModelCard.load(tmp_path / 'README.md').data
     assert head.license == 'openrail++'
     assert head.base_model == facts['base_model']
     assert head.base_model_relation == 'adapter'
     facts |= dict(base_model='stabilityai/stable-diffusion-3.5-medium', lora=None)
-    export.write_card(tmp_path, facts, 'transformer', tmp_path)
+    m.write_card(tmp_path, facts, 'transformer', tmp_path)
     head = ModelCard.load(tmp_path / 'README.md').data
     assert head.license_name == 'stabilityai-ai-community'
     assert facts['base_model'] in head.license_link
@@ -443,19 +444,19 @@ def test_comfyui_finds_every_module_at_full_size(students):
     lora = m.lora_config(net, 4, 8., 'attention')
     net.add_adapter(lora)
     ours = {f'unet.{k.replace(".default", "")}': w for k, w in m.trained(net).items()}
-    found = export.kohya(ours)
+    found = convert_state_dict_to_kohya(ours)
     modules = {k.rsplit('.lora_', 1)[0].removeprefix('unet.') for k in ours}
     assert len(modules) == 560
     assert found.keys() == {
         f'lora_unet_{k.replace(".", "_")}.{end}' for k in modules
         for end in ('lora_up.weight', 'lora_down.weight', 'alpha')}
-    file = Path(students['lora'], export.COMFYUI)
+    file = Path(students['lora'], m.COMFYUI)
     small = load_file(file)
     assert {v.item() for k, v in small.items() if k.endswith('alpha')} == {4}
     with safe_open(file, 'pt') as opened:
         words = opened.metadata()
     assert words['modelspec.architecture'] == 'stable-diffusion-xl-v1-base/lora'
-    assert not Path(students['out/stage1-sd3/student'], export.COMFYUI).exists()
+    assert not Path(students['out/stage1-sd3/student'], m.COMFYUI).exists()
 
 def test_one_file_in_the_original_layout(students, tmp_path):
     """diffusers' loader of such files gives back every network of a merged student."""
@@ -475,13 +476,14 @@ def test_one_file_in_the_original_layout(students, tmp_path):
         for k, w in ours.items():
             assert torch.equal(w.half().float(), theirs[k].float()), (part, k)
 
-def test_the_original_layout_at_full_size():
+def test_the_original_layout_at_full_size(students, tmp_path):
     """SDXL's UNet and VAE under the names that diffusers' converters undo."""
+    done = inside('sample.py', '--ckpt', students['lora'], '--merge', tmp_path / 'whole')
     with torch.device('meta'):
         nets = bench.networks('sdxl')
     scheduler = DDPMScheduler(prediction_type='v_prediction')
     pipe = SimpleNamespace(scheduler=scheduler, **nets)
-    found = export.original(pipe)
+    found = done.page['original'](pipe)
     assert 'v_pred' in found and 'ztsnr' not in found
     first = 'model.diffusion_model.'
     for name in ('input_blocks.4.1.transformer_blocks.1.attn1.to_q.weight',
@@ -508,6 +510,30 @@ def test_single_pictures_and_their_text(students, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'by the prompt inside each' in done.stdout
     assert 'has files in it' in refused(*command).stderr
+
+def test_a_page_to_try_the_student_on(students, monkeypatch):
+    """Without gradio a sentence; with it, by a stand-in of the two calls that are made, pictures
+    that sample.py draws, on this machine alone."""
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    command = ['sample.py', '--ckpt', students['lora'], '--serve']
+    assert '--serve needs gradio: pip install gradio' in refused(*command).stderr
+    made = []
+
+    class Interface:
+        def __init__(self, draw, **how):
+            self.draw = draw
+
+        def launch(self, server_name, server_port):
+            assert (server_name, server_port) == ('127.0.0.1', 7860)
+            made.extend(self.draw('a red star on white', 3, 4, beside) for beside in (False, True))
+
+    parts = {name: lambda *value, **how: None for name in (
+        'Textbox', 'Number', 'Slider', 'Checkbox', 'Image')}
+    monkeypatch.setitem(sys.modules, 'gradio', SimpleNamespace(Interface=Interface, **parts))
+    assert inside(*command).returncode == 0
+    (first, none, _), (again, teacher, words) = made
+    assert none is None and first == again != teacher
+    assert re.fullmatch('student: 4 steps, .* s, teacher: 50 steps, .* s', words)
 
 def test_an_upload(students, monkeypatch):
     """Private where it is new; offline or not logged in it is one sentence."""
@@ -650,7 +676,7 @@ def test_adapters_resume_bit_for_bit(trained, tmp_path):
     name, out, _ = trained
     again = tmp_path / 'again'
     shutil.copytree(out, again, ignore=shutil.ignore_patterns('state-0000004'))
-    assert 'from iteration 2' in run(again, *STAGE_1[name])
+    assert 'of iteration 2' in run(again, *STAGE_1[name])
     assert equal(weights(out, 4), weights(again, 4))
 
 def test_two_ranks_are_one_with_adapters(tmp_path):
