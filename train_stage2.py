@@ -695,7 +695,7 @@ for it in range(start, args.iters + 1):
         R = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)          # (B, S)
         norms = []
         for b, R_b in zip(rollouts, R[mine].to(device).split(args.micro)):
-            for k in rl_steps if R.any() else ():
+            for k in rl_steps if R.any() else ():        # without a gradient not even moments move
                 z, t = m.at_step(base, steps, b.eps, k, b.x[k])
                 x0 = base.x0(student, z, t, b.y)                                    # (b, C, h, w)
                 z, t = state_after(b.x[k + 1], b.eps, k)
@@ -706,10 +706,8 @@ for it in range(start, args.iters + 1):
                     L = L.maximum(-inside * R_b[:, k])
                 (L.mean() / (n * len(rl_steps))).backward()
                 log('rl/ratio', ratio.mean())
-        if R.any():                                     # else not even the moments move
-            norms.append(m.update(opts['student'], nets['student']))
-        if adversarial:
-            norms.append(m.update(opts['heads'], nets['heads']))
+        for name in ['student', 'heads'] if adversarial else ['student']:
+            norms.append(m.update(opts[name], nets[name]))
         log('rl/advantage', R.abs().mean())
         log('reward/states', r.nanmean())
         log.count(it, norms)

@@ -799,6 +799,7 @@ def test_the_gradient_of_a_policy_update(case, tmp_path):
     assert not advantages(spoilt, K, T(0.))[:K, 0].any()
     assert advantages(spoilt, K, T(0.))[K:, 0].any()
     assert not advantages(torch.full((4, 1), .1), K, T(0.)).any()
+    assert torch.allclose(advantages(r, K, T(9.)).double(), over / 9)
 
     # a linear D = <w, z>: what makes its states likelier moves them along w
     w, n = normal(64), normal(8000, 64, seed=1)
