@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -301,11 +302,12 @@ class Schedule:
 # the base model: a diffusers pipeline taken apart. All that differs between families stands in the
 # subclass of a family
 
-def load_pipeline(name, flag, dtype, t5=None):
+def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
     """DiffusionPipeline from a folder or a hub id, dtype as diffusers takes it.
 
     t5: of an SD3 pipeline's third text encoder, False leaves it on the disk, True insists on it,
-    None takes what is there. Ends with one sentence when there is no such pipeline.
+    None takes what is there. base_lora: [file, weight] of a LoRA that is merged into it, or nothing.
+    Ends with one sentence when there is no such pipeline.
     """
     import diffusers
     quiet()
@@ -331,7 +333,40 @@ def load_pipeline(name, flag, dtype, t5=None):
         pipe = load(name, dtype=dtype, **without)
     if t5 and not getattr(pipe, 'text_encoder_3', None):
         die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
+    if base_lora:
+        merge_lora(pipe, base_lora)
     return pipe
+
+def lora_and_weight(words, flag='--base_lora'):
+    """FILE [weight], 1 without -> (file, weight); ends with a sentence where it is something
+    else."""
+    file, *rest = map(str, words)
+    if not Path(file).is_file():
+        die(f'{flag} {file} is not there, or no file; give a LoRA of the model as one .safetensors '
+            'file')
+    with sentence(f'{flag} {file} {" ".join(rest)} is not a file and one weight'):
+        weight, = map(float, rest or [1.])
+        assert abs(weight) < float('inf')
+    return file, weight
+
+def merge_lora(pipe, base_lora, parts=None):
+    """Adds weight x LoRA to the weights of a pipeline's networks, or of `parts` of them. All of the
+    file has to find its place: diffusers passes over what does not fit."""
+    from peft.tuners.lora import LoraLayer
+    file, weight = lora_and_weight(base_lora)
+    with sentence(f'--base_lora {file} could not be merged into a {type(pipe).__name__}: it is of '
+                  'another base model, damaged, or no plain LoRA'):
+        names = [*safe_open(file, 'pt').keys()]
+        pairs = sum(bool(re.search(r'lora_A|lora_down|lora\w*\.down', k)) for k in names)
+        pipe.load_lora_weights(str(Path(file).absolute().parent), weight_name=Path(file).name)
+        nets = [net for net in pipe.components.values() if isinstance(net, nn.Module)]
+        found = sum(isinstance(layer, LoraLayer) for net in nets for layer in net.modules())
+        assert found >= pairs > 0, f'{found} of its {pairs} modules are there'
+        odd = [k for k in names if 'dora_scale' in k or 'magnitude' in k]
+        assert not odd, f'{odd[0]} is of a DoRA'
+        # safe: NaNs are a ValueError
+        pipe.fuse_lora(parts or pipe._lora_loadable_modules, lora_scale=weight, safe_fusing=True)
+        pipe.unload_lora_weights()
 
 def of_any_variant(kind, name, **how):
     """kind.from_pretrained; where there is no plain *.safetensors, of *.fp16.safetensors."""
@@ -377,10 +412,14 @@ def check_sources(args):
     hub that are neither here nor to be had, with their licences, and the library of --wandb."""
     if not Path(args.model).exists() and not hub_id(args.model):
         die(f'--model {args.model} does not exist')
+    if args.base_lora:
+        lora_and_weight(args.base_lora)
+    if args.prompts_only and args.gan != 'none':
+        die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none')
     words = []
     if args.wandb and not importlib.util.find_spec('wandb'):
         words.append('--wandb needs wandb: pip install wandb')
-    kinds = [('model', 'model'), ('data', 'dataset')]
+    kinds = [('model', 'model')] + [('data', 'dataset')] * (not args.prompts_only)
     if getattr(args, 'reward', '') == 'latent':
         kinds.append(('lrm', 'model'))
     for flag, kind in kinds if dist.get_rank() == 0 else ():
@@ -422,11 +461,12 @@ def text_length(pipe):
         return {}
     return dict(max_sequence_length=256 if pipe.text_encoder_3 else pipe.tokenizer_max_length)
 
-def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, flag='--model'):
+def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, base_lora=()):
     """Base of a pipeline folder or hub id. dtype is the teacher's and the text encoders'; the VAE
-    stays in fp32, because SDXL's overflows in fp16. t5 as for load_pipeline; with offload the text
-    encoders wait in main memory between calls."""
-    pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5)
+    stays in fp32, because SDXL's overflows in fp16. t5 and base_lora as for load_pipeline; with
+    offload the text encoders wait in main memory between calls."""
+    flag = '--model'
+    pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5, base_lora)
     families = dict(StableDiffusionXLPipeline=SDXL, StableDiffusion3Pipeline=SD3)
     family = type(pipe).__name__
     if family not in families:
@@ -438,7 +478,7 @@ def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, f
     if not isinstance(config.sample_size, int):
         die(f'{flag} {name}: its network has no sample_size, or not one number; write it into its '
             f'config.json, the side of its pictures / {pipe.vae_scale_factor}')
-    return families[family](str(name), pipe, torch.device(device), offload)
+    return families[family](str(name), pipe, torch.device(device), offload, base_lora)
 
 class Base:
     """A pretrained text-to-image pipeline: text encoders, VAE, schedule and the frozen teacher.
@@ -447,8 +487,9 @@ class Base:
     teacher or any copy of it, xt (B, C, h, w) latents, t (B,), y = base.encode(prompts).
     """
 
-    def __init__(self, name, pipe, device, offload=False):
+    def __init__(self, name, pipe, device, offload=False, base_lora=()):
         self.name = name
+        self.base_lora = base_lora                               # merged into the pipeline's weights
         self.pipe = pipe
         self.device = device
         pipe.set_progress_bar_config(disable=True)
@@ -491,6 +532,9 @@ class Base:
         LoraConfig, with the teacher's own frozen tensors and new fp32 adapters."""
         if lora is None:
             net = load_network(self.name, self.network, self.part)
+            if self.base_lora:
+                pipe = type(self.pipe)(**self.pipe.components | {self.part: net})
+                merge_lora(pipe, self.base_lora, [self.part])
             return net.train()
         net = twin(self.teacher)
         net.add_adapter(lora)
@@ -1011,6 +1055,7 @@ def whole_on_rank_0(tensors, dtype):
 
 # the LoRA of an SDXL student under kohya's names, which ComfyUI and A1111 read
 COMFYUI = 'comfyui.safetensors'
+BASE_LORA = 'base_lora.safetensors'                  # what was merged into its teacher, --base_lora
 # base models whose licence is known, as model cards on the hub write it
 STABILITY = ('other\nlicense_name: stabilityai-ai-community\n'
              'license_link: https://huggingface.co/{base}/blob/main/LICENSE.md')
@@ -1061,6 +1106,10 @@ def snippet(facts, part):
         'cuda = torch.cuda.is_available()', 'dtype = torch.float16 if cuda else torch.float32',
         f'pipe = DiffusionPipeline.from_pretrained({repr(base) if lora else "student"}, '
         f'dtype=dtype{more})']
+    if lora and facts.get('base_lora'):
+        lines.append(f"pipe.load_lora_weights(student, weight_name='{BASE_LORA}')")
+        lines.append(f'pipe.fuse_lora(lora_scale={facts["base_lora"][1]})')
+        lines.append('pipe.unload_lora_weights()')
     if lora:
         lines.append('pipe.load_lora_weights(student)')
         lines.append(f"pipe.scheduler = {scheduler}.from_pretrained(student, "
@@ -1070,9 +1119,14 @@ def snippet(facts, part):
     lines.append(f"pipe(prompt, {call}, guidance_scale=0).images[0].save('picture.png')")
     return lines
 
-def write_card(folder, facts, part, run):
-    """The model card of the student in `folder`, and beside it the newest pictures and the settings
-    of its run, if `run` is the folder of one."""
+def write_facts(folder, facts, part, run):
+    """student.json, the base LoRA and the model card of the student in `folder`, and beside it the
+    newest pictures and the settings of its run, if `run` is the folder of one."""
+    if facts.get('base_lora'):                     # the student's folder is to be whole without it
+        file, weight = lora_and_weight(facts['base_lora'])
+        shutil.copyfile(file, folder / BASE_LORA)
+        facts = facts | dict(base_lora=[BASE_LORA, weight])
+    (folder / 'student.json').write_text(json.dumps(facts, indent=1))
     base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
     head = ['library_name: diffusers', 'pipeline_tag: text-to-image']
     licence = next((words.format(base=base) for name, words in LICENCES.items()
@@ -1096,6 +1150,10 @@ def write_card(folder, facts, part, run):
     if lora and part == 'unet':
         text += ['', f'ComfyUI, A1111: `{COMFYUI}` is the LoRA under their names, for strength 1; '
                  f'sampler LCM, scheduler simple, {steps} steps, CFG 1.']
+    if facts.get('base_lora'):
+        what = 'was merged into its base model first, and belongs beneath it' if lora else (
+            'was merged into its teacher; it is in these weights')
+        text += ['', f'`{BASE_LORA}`, at strength {facts["base_lora"][1]:g}, {what}.']
     text += ['', "Licence: the base model's" + (
         '.' if licence else ', which is not known here; add it before you publish.')]
     if commit():
@@ -1103,7 +1161,7 @@ def write_card(folder, facts, part, run):
     if (run / 'args.json').exists():
         settings = json.loads((run / 'args.json').read_text())
         # where things lie on this machine is nobody's business
-        settings = {k: v for k, v in settings.items() if not str(v).startswith(('/', '~'))}
+        settings = {k: v for k, v in settings.items() if str(v).strip("['")[:1] not in ('/', '~')}
         text += ['', 'Settings of the run:', '', '```json', json.dumps(settings, indent=1), '```']
     (folder / 'README.md').write_text('\n'.join(text) + '\n')
 
@@ -1120,7 +1178,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
         return
     from diffusers.utils import convert_state_dict_to_kohya
     scheduler = few_step_scheduler(base.pipe.scheduler)
-    facts = facts | dict(steps=steps.long().tolist())
+    facts = facts | dict(steps=steps.long().tolist(), base_lora=list(base.base_lora))
     with replacing(folder) as tmp:
         if lora:
             tmp.mkdir()
@@ -1151,8 +1209,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 if name == 'force_zeros_for_empty_prompt':
                     parts[name] = value
             type(base.pipe)(**parts).save_pretrained(tmp)
-        write_card(tmp, facts, base.part, Path(folder).parent)
-        (tmp / 'student.json').write_text(json.dumps(facts, indent=1))
+        write_facts(tmp, facts, base.part, Path(folder).parent)
 
 def lora_file(folder, net, flag):
     """The adapters in a LoRA student's folder, {name in trained(net): tensor}, at scale 1."""
@@ -1185,7 +1242,8 @@ def load_student(folder, facts, dtype, flag='--ckpt'):
     if not facts.get('lora'):
         return load_pipeline(folder, flag, dtype)
     whose = f'{flag} {folder}: its base model'
-    pipe = load_pipeline(facts['base_model'], whose, dtype, facts.get('t5'))
+    pipe = load_pipeline(
+        facts['base_model'], whose, dtype, facts.get('t5'), facts.get('base_lora'))
     lora_file(folder, network_of(pipe), flag)                                    # for its sentence
     pipe.load_lora_weights(folder)
     pipe.scheduler = few_step_scheduler(pipe.scheduler)
@@ -1211,6 +1269,9 @@ def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
             assert isinstance(facts[key], kind) and facts[key] not in ('', []), key
         if facts.get('lora'):
             assert facts['lora']['rank'] > 0 and facts['lora']['alpha'] > 0
+        if facts.get('base_lora'):
+            file, weight = facts['base_lora']
+            facts['base_lora'] = [str(folder / file), float(weight)]
     home = here / facts['base_model']
     if home.exists() and not Path(facts['base_model']).exists():         # from another folder
         facts['base_model'] = str(home)
@@ -1847,10 +1908,10 @@ def find_state(out, args):
         old, new = saved['args'], settings(args)
         if ('rl_ratio' in old) != ('rl_ratio' in new):
             die(f'--out {out} holds a run of the other stage; choose another --out')
-        for key in ('model', 'lora'):
-            if key in old and old[key] != new[key]:
-                die(f'--out {out} holds a run of --{key} {old[key]}, not {new[key]}; choose '
-                    'another --out')
+        for key, none in dict(model='', lora=0, base_lora=[]).items():
+            if old.get(key, none) != new.get(key, none):
+                die(f'--out {out} holds a run of --{key} {old.get(key, none)}, not {new[key]}; '
+                    'choose another --out')
     if saved['iteration'] >= new['iters']:
         if dist.get_rank() == 0:
             print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
@@ -2277,6 +2338,21 @@ class Pictures:
                            trouble=sum((x['trouble'] for x in samples), Counter()))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+class Prompts(Pictures):
+    """The lines of a text file as Pictures without pixels (3, 0, 0)."""
+
+    def __init__(self, file, seed, flag='--prompts_only'):
+        self.rows = read_prompts(file, flag)
+        self.seed = seed
+        self.said = f'{flag} {file}: {len(self.rows)} prompts, no pictures'
+
+    def captions(self, positions):
+        return [self.rows[self._place(position)] for position in positions]
+
+    def __getitem__(self, position):
+        text, = self.captions([position])
+        return dict(pixels=torch.empty(3, 0, 0), text=text, trouble=Counter())
 
 # --------------------------------------------------------------------------------------------------
 # pictures to look at

@@ -73,11 +73,15 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 yes_no = argparse.BooleanOptionalAction
 flag = p.add_argument_group('models').add_argument
 flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
+flag('--base_lora', nargs='+', default=[], metavar=('FILE', 'weight'),
+     help='LoRA to merge into the teacher before anything else, at this weight; none: 1')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
 flag('--offload', action=yes_no, default=False, help='text encoders wait in main memory')
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag = p.add_argument_group('data').add_argument
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
+flag('--prompts_only', default='',
+     help='text file of prompts in the place of --data, a line each: no pictures, --gan none')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
 flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
 flag('--image_column', help='column of the pictures; empty: the one there is')
@@ -131,6 +135,8 @@ p.set_defaults(**RECIPES[recipe], out=m.default_out(1, given))
 m.give_way(p, 'data', 'data_files', 'image_column', 'text_column')
 chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
+if chosen.prompts_only:
+    p.set_defaults(gan='none')
 if chosen.gan == 'latent':
     p.set_defaults(gan_weight=DMD2['gan_weight'])
 if chosen.lora and not RECIPES[recipe].get('lora'):
@@ -165,9 +171,12 @@ for left in out.glob('[!.]*') if args.check and rank == 0 else ():
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
-pictures = m.Pictures(                                      # of a size that the model will tell
-    args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
-    limit=args.data_limit)
+if args.prompts_only:
+    pictures = m.Prompts(args.prompts_only, args.seed)
+else:
+    pictures = m.Pictures(                                  # of a size that the model will tell
+        args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
+        limit=args.data_limit)
 if rank == 0:
     print(pictures.said, flush=True)
 
@@ -175,7 +184,7 @@ if rank == 0:
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
 began = time.time()
 dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32        # of what is frozen
-base = m.load_base(args.model, device, dtype, args.t5, args.offload)
+base = m.load_base(args.model, device, dtype, args.t5, args.offload, args.base_lora)
 schedule = base.schedule
 pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
