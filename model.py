@@ -338,8 +338,8 @@ def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
     return pipe
 
 def lora_and_weight(words, flag='--base_lora'):
-    """FILE [weight], 1 without -> (file, weight); ends with a sentence where it is something
-    else."""
+    """FILE [weight], 1 without -> (file, weight, how many modules it changes), by the file's header
+    alone; ends with a sentence where it is no LoRA."""
     file, *rest = map(str, words)
     if not Path(file).is_file():
         die(f'{flag} {file} is not there, or no file; give a LoRA of the model as one .safetensors '
@@ -347,23 +347,24 @@ def lora_and_weight(words, flag='--base_lora'):
     with sentence(f'{flag} {file} {" ".join(rest)} is not a file and one weight'):
         weight, = map(float, rest or [1.])
         assert abs(weight) < float('inf')
-    return file, weight
+    with sentence(f'{flag} {file} is no plain LoRA in safetensors'):
+        names = [*safe_open(file, 'pt').keys()]
+        pairs = sum(bool(re.search(r'lora_A|lora_down|lora\w*\.down', k)) for k in names)
+        odd = [k for k in names if 'dora_scale' in k or 'magnitude' in k]
+        assert pairs and not odd, f'{odd[0]} is of a DoRA' if odd else 'it has no pairs of factors'
+    return file, weight, pairs
 
 def merge_lora(pipe, base_lora, parts=None):
     """Adds weight x LoRA to the weights of a pipeline's networks, or of `parts` of them. All of the
     file has to find its place: diffusers passes over what does not fit."""
     from peft.tuners.lora import LoraLayer
-    file, weight = lora_and_weight(base_lora)
-    with sentence(f'--base_lora {file} could not be merged into a {type(pipe).__name__}: it is of '
-                  'another base model, damaged, or no plain LoRA'):
-        names = [*safe_open(file, 'pt').keys()]
-        pairs = sum(bool(re.search(r'lora_A|lora_down|lora\w*\.down', k)) for k in names)
+    file, weight, pairs = lora_and_weight(base_lora)
+    with sentence(f'--base_lora {file} could not be merged into this {type(pipe).__name__}: it is '
+                  'of another base model, or damaged'):
         pipe.load_lora_weights(str(Path(file).absolute().parent), weight_name=Path(file).name)
         nets = [net for net in pipe.components.values() if isinstance(net, nn.Module)]
         found = sum(isinstance(layer, LoraLayer) for net in nets for layer in net.modules())
-        assert found >= pairs > 0, f'{found} of its {pairs} modules are there'
-        odd = [k for k in names if 'dora_scale' in k or 'magnitude' in k]
-        assert not odd, f'{odd[0]} is of a DoRA'
+        assert found >= pairs, f'{found} of its {pairs} modules are there'
         # safe: NaNs are a ValueError
         pipe.fuse_lora(parts or pipe._lora_loadable_modules, lora_scale=weight, safe_fusing=True)
         pipe.unload_lora_weights()
@@ -535,7 +536,7 @@ class Base:
             if self.base_lora:
                 pipe = type(self.pipe)(**self.pipe.components | {self.part: net})
                 merge_lora(pipe, self.base_lora, [self.part])
-            return net.train()
+            return net.requires_grad_().train()                   # peft has frozen what it merged
         net = twin(self.teacher)
         net.add_adapter(lora)
         for w in trained(net).values():
@@ -1123,7 +1124,7 @@ def write_facts(folder, facts, part, run):
     """student.json, the base LoRA and the model card of the student in `folder`, and beside it the
     newest pictures and the settings of its run, if `run` is the folder of one."""
     if facts.get('base_lora'):                     # the student's folder is to be whole without it
-        file, weight = lora_and_weight(facts['base_lora'])
+        file, weight, _ = lora_and_weight(facts['base_lora'])
         shutil.copyfile(file, folder / BASE_LORA)
         facts = facts | dict(base_lora=[BASE_LORA, weight])
     (folder / 'student.json').write_text(json.dumps(facts, indent=1))
