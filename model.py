@@ -27,6 +27,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -205,14 +206,20 @@ class Schedule:
     """alpha(t), sigma(t) and the conversions of one diffusers scheduler; t (B,) in 0..1000, fp32.
 
     kind is 'epsilon' or 'v_prediction' (variance preserving, from alphas_cumprod;
-    v = alpha eps - sigma x0) or 'flow' (sigma = t / 1000, alpha = 1 - sigma, v = eps - x0).
+    v = alpha eps - sigma x0) or 'flow' (sigma = t / 1000, alpha = 1 - sigma, v = eps - x0). tokens:
+    of a picture; with them grows the shift of flows that call it dynamic.
     """
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler, tokens=4096):
         config, name = scheduler.config, type(scheduler).__name__
         flow = 'FlowMatch' in name or config.get('use_flow_sigmas')
         self.kind = 'flow' if flow else config.get('prediction_type')
         self.shift = config.get('shift', config.get('flow_shift', 1.))
+        if config.get('use_dynamic_shifting'):
+            share = (tokens - config.base_image_seq_len) / (
+                config.max_image_seq_len - config.base_image_seq_len)
+            mu = config.base_shift + share * (config.max_shift - config.base_shift)
+            self.shift = math.exp(mu) if config.time_shift_type == 'exponential' else mu
         if self.kind not in ('flow', 'epsilon', 'v_prediction'):
             die(f'--model: its scheduler predicts {self.kind!r}; only epsilon, v_prediction and '
                 'flow matching are known')
@@ -468,25 +475,80 @@ def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, b
     offload the text encoders wait in main memory between calls."""
     flag = '--model'
     pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5, base_lora)
-    families = dict(StableDiffusionXLPipeline=SDXL, StableDiffusion3Pipeline=SD3)
-    family = type(pipe).__name__
-    if family not in families:
-        die(f'{flag} {name} is a {family}; this version distils {" and ".join(families)} models')
-    config, depth = network_of(pipe).config, pipe.vae.config.latent_channels
-    if config.in_channels != depth:
-        die(f'{flag} {name}: its network reads {config.in_channels} channels, its VAE has {depth}; '
+    family = family_of(pipe)
+    if family is Base:
+        die(f'{flag} {name} is a {type(pipe).__name__}; this version distils models of '
+            f'{", ".join(FAMILIES)}. Another is a subclass of Base in model.py')
+    channels, depth = network_of(pipe).config.in_channels, family.depth(pipe)
+    if channels != depth:
+        die(f'{flag} {name}: its network reads {channels} channels, its VAE makes {depth} of them; '
             'models that fill in or edit pictures cannot be distilled')
-    if not isinstance(config.sample_size, int):
+    if not isinstance(family.side(pipe), int):
         die(f'{flag} {name}: its network has no sample_size, or not one number; write it into its '
             f'config.json, the side of its pictures / {pipe.vae_scale_factor}')
-    return families[family](str(name), pipe, torch.device(device), offload, base_lora)
+    return family(str(name), pipe, torch.device(device), offload, base_lora)
+
+def family_of(pipe):
+    """The subclass of Base of a pipeline, Base itself for one that is not known."""
+    return FAMILIES.get(type(pipe).__name__, Base)
 
 class Base:
     """A pretrained text-to-image pipeline: text encoders, VAE, schedule and the frozen teacher.
 
     Networks are called as base.x0(net, xt, t, y, cfg) or base.predict(net, xt, t, y): net the
     teacher or any copy of it, xt (B, C, h, w) latents, t (B,), y = base.encode(prompts).
+
+    A family says what differs: its network's place in a pipeline (part), what a LoRA or one file
+    of it is called by other tools (architecture), and the methods up to __init__.
     """
+
+    reads = {'': 77, '_2': 77, '_3': 256}                   # tokens that each text encoder reads
+    unguided = 'guidance_scale=0'                           # of a pipeline's call, as on a card
+
+    @staticmethod
+    def depth(pipe):
+        """The channels of the network's input that the VAE fills."""
+        return pipe.vae.config.latent_channels
+
+    @staticmethod
+    def side(pipe):
+        """A side of the latents."""
+        return network_of(pipe).config.sample_size
+
+    @staticmethod
+    def called(pipe, cfg, count):
+        """Arguments of a pipeline's call for `count` pictures with guidance cfg."""
+        return dict(guidance_scale=cfg)
+
+    def encode_with(self, pipe, prompts):
+        """encode() by the text encoders of pipe."""
+        raise NotImplementedError
+
+    def encode_nothing(self, pipe):
+        """What guidance leads away from, (1, ...), as the pipeline has it."""
+        return self.encode_with(pipe, [''])
+
+    def call(self, net, xt, t, y):
+        """net's own output, (B, C, h, w)."""
+        raise NotImplementedError
+
+    def guided(self, cond, uncond, cfg):
+        """Both outputs -> the guided one, (B, C, h, w)."""
+        return uncond + cfg * (cond - uncond)
+
+    def pack(self, x):
+        """Latents (B, C, h, w) as the pipeline takes and gives them; unpack: the inverse."""
+        return x
+
+    unpack = pack
+
+    def to_pixels(self, z):
+        """The VAE's decoder: its own latents (B, C, h, w) -> (B, 3, H, W)."""
+        return self.vae.decode(z).sample
+
+    def to_latents(self, pixels):
+        """The mean of its encoder: (B, 3, H, W) -> (B, C, h, w)."""
+        return self.vae.encode(pixels).latent_dist.mean
 
     def __init__(self, name, pipe, device, offload=False, base_lora=()):
         self.name = name
@@ -501,16 +563,16 @@ class Base:
         self.encoders = [net for net in encoders if net]
         for net in (self.teacher, self.vae, *self.encoders):
             net.requires_grad_(False)
-        self.schedule = Schedule(pipe.scheduler)
-        side = self.teacher.config.sample_size
+        side = self.side(pipe)
+        self.tokens = (side // 2) ** 2                      # of a transformer, each 2 x 2 latents
+        self.schedule = Schedule(pipe.scheduler, self.tokens)
         self.size = side * pipe.vae_scale_factor                                            # pixels
-        self.latent_shape = (self.teacher.config.in_channels, side, side)
+        self.latent_shape = (self.vae.config.get('z_dim', self.depth(pipe)), side, side)
         self.waiting = self.encoders if offload else []
         if not offload:
             pipe.to(device)
         with torch.no_grad(), self.on_device():
-            # the pipeline's own negative: zeros for SDXL (force_zeros_for_empty_prompt), else ''
-            self.uncond = self.encode_with(pipe, [''], guided=True)[1::2]
+            self.uncond = self.encode_nothing(pipe)
 
     @contextlib.contextmanager
     def on_device(self):
@@ -523,9 +585,10 @@ class Base:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """B strings -> y, a tuple of tensors (B, ...): embeddings (B, L, D), pooled (B, P)."""
+        """B strings -> y, a tuple of tensors (B, ...): embeddings (B, L, D), pooled (B, P); of
+        Qwen-Image the second is a mask (B, L)."""
         with self.on_device():
-            return self.encode_with(self.pipe, list(prompts), guided=False)[::2]
+            return self.encode_with(self.pipe, list(prompts))
 
     def trainable(self, lora=None):
         """A copy of the teacher to train: with fp32 weights of its own, read from the files, not
@@ -544,10 +607,8 @@ class Base:
         return net.train()
 
     def cut(self, prompts):
-        """How many prompts are longer than what any of the text encoders reads: 77 tokens of CLIP,
-        256 of T5."""
-        read = [(getattr(self.pipe, f'tokenizer{k}', None), length)
-                for k, length in (('', 77), ('_2', 77), ('_3', 256))]
+        """How many prompts are longer than what any of the text encoders reads."""
+        read = [(getattr(self.pipe, f'tokenizer{k}', None), n) for k, n in self.reads.items()]
         return sum(all(len(tokenizer(text, verbose=False).input_ids) > length
                        for tokenizer, length in read if tokenizer) for text in prompts)
 
@@ -568,10 +629,9 @@ class Base:
         """Predicted clean latents, fp32; guided as uncond + cfg (cond - uncond) where cfg != 1."""
         if cfg == 1:
             return self.schedule.x0(self.predict(net, xt, t, y), xt, t)
-        both = [torch.cat([c, u.expand_as(c)]) for c, u in zip(y, self.uncond)]
+        both = [torch.cat([c, as_long(u, c).expand_as(c)]) for c, u in zip(y, self.uncond)]
         out = self.predict(net, torch.cat([xt, xt]), torch.cat([t, t]), both)
-        cond, uncond = out.chunk(2)
-        return self.schedule.x0(uncond + cfg * (cond - uncond), xt, t)
+        return self.schedule.x0(self.guided(*out.chunk(2), cfg), xt, t)
 
     def _statistics(self):
         """latents_mean and latents_std of the VAE, (1, C, 1, 1), if it has both; else 0 and 1."""
@@ -585,16 +645,16 @@ class Base:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], differentiable."""
         config = self.vae.config
         mean, std = self._statistics()
-        z = z / config.scaling_factor + (config.get('shift_factor') or 0)
-        return self.vae.decode(z * std + mean).sample
+        z = z / (config.get('scaling_factor') or 1) + (config.get('shift_factor') or 0)
+        return self.to_pixels(z * std + mean)
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
         config = self.vae.config
         mean, std = self._statistics()
-        z = (self.vae.encode(pixels).latent_dist.mean - mean) / std
-        return (z - (config.get('shift_factor') or 0)) * config.scaling_factor
+        z = (self.to_latents(pixels) - mean) / std
+        return (z - (config.get('shift_factor') or 0)) * (config.get('scaling_factor') or 1)
 
     @torch.no_grad()
     def pictures(self, z):
@@ -607,13 +667,12 @@ class Base:
         (B, 3, H, W). Every rank calls it, as the teacher may be sharded."""
         found, began = [], time.time()
         for k in bar(range(0, len(prompts), micro), "the teacher's pictures"):
-            latents = noise[k:k + micro].to(self.device, self.teacher.dtype)
+            latents = self.pack(noise[k:k + micro].to(self.device, self.teacher.dtype))
             with self.on_device():
                 z = self.pipe(
-                    prompts[k:k + micro], num_inference_steps=steps, guidance_scale=cfg,
-                    height=self.size, width=self.size, latents=latents, output_type='latent',
-                    **text_length(self.pipe)).images
-            found.append(self.pictures(z.float()))
+                    prompts[k:k + micro], num_inference_steps=steps, latents=latents,
+                    output_type='latent', **self.called(self.pipe, cfg, len(latents))).images
+            found.append(self.pictures(self.unpack(z).float()))
         if dist.get_rank() == 0:
             print(f"the teacher's pictures: {steps} steps, {time.time() - began:.1f} s", flush=True)
         return torch.cat(found)
@@ -642,13 +701,23 @@ class Base:
 class HalfWay(Exception):
     """Ends a forward pass after the first half of a network."""
 
+def as_long(u, c):
+    """Text u (1, l, ...) with zeros behind, as long as c (B, L, ...)."""
+    return F.pad(u, [0, 0] * (u.ndim - 2) + [0, c.shape[1] - u.shape[1]])
+
 class SDXL(Base):
-    part = 'unet'                                                # the network's name in a pipeline
+    part = 'unet'
+    architecture = 'stable-diffusion-xl-v1-base'
     second_half = ['up_blocks', 'conv_norm_out', 'conv_out']
 
-    def encode_with(self, pipe, prompts, guided):
-        """(embeddings, those of the negative, pooled, those of the negative), None if unguided."""
-        return pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=guided)
+    def encode_with(self, pipe, prompts):
+        return pipe.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=False)[::2]
+
+    def encode_nothing(self, pipe):
+        # zeros where force_zeros_for_empty_prompt says so
+        return pipe.encode_prompt(
+            [''], device=self.device, do_classifier_free_guidance=True)[1::2]
 
     def call(self, net, xt, t, y):
         # original size, top left corner of the crop, target size
@@ -670,12 +739,17 @@ class SDXL(Base):
 
 class SD3(Base):
     part = 'transformer'
+    architecture = 'stable-diffusion-3'
     second_half = ['norm_out', 'proj_out']                                # and half of the blocks
 
-    def encode_with(self, pipe, prompts, guided):
+    @staticmethod
+    def called(pipe, cfg, count):
+        return dict(guidance_scale=cfg, **text_length(pipe))
+
+    def encode_with(self, pipe, prompts):
         return pipe.encode_prompt(
             prompts, prompt_2=None, prompt_3=None, device=self.device,
-            do_classifier_free_guidance=guided, **text_length(self.pipe))
+            do_classifier_free_guidance=False, **text_length(self.pipe))[::2]
 
     def call(self, net, xt, t, y):
         return net(xt, timestep=t, encoder_hidden_states=y[0], pooled_projections=y[1]).sample
@@ -689,6 +763,81 @@ class SD3(Base):
 
     def channels(self, net):
         return [net.inner_dim] * len(self.first_half(net))
+
+class QwenImage(SD3):
+    """Blocks as SD3's. Tokens are 2 x 2 latents, packed; text is one encoder's, as long as it is,
+    and a mask; the VAE is one of videos; guided outputs keep the length of the conditional one."""
+
+    architecture = 'qwen-image'
+    reads = {'': 512}
+    unguided = 'true_cfg_scale=1'
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        # diffusers has no gradient checkpointing for this VAE
+        self.vae.enable_gradient_checkpointing = self.checkpoint_decoder
+
+    def checkpoint_decoder(self):
+        for block in [self.vae.decoder.mid_block, *self.vae.decoder.up_blocks]:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    @staticmethod
+    def depth(pipe):
+        return 4 * pipe.vae.config.z_dim
+
+    @staticmethod
+    def side(pipe):
+        return pipe.transformer.config.get('sample_size', pipe.default_sample_size)
+
+    @staticmethod
+    def called(pipe, cfg, count):
+        size = QwenImage.side(pipe) * pipe.vae_scale_factor
+        guided = dict(true_cfg_scale=cfg, negative_prompt=[' '] * count) if cfg > 1 else {}
+        return dict(true_cfg_scale=1., height=size, width=size) | guided
+
+    def encode_with(self, pipe, prompts):
+        text, mask = pipe.encode_prompt(prompts, device=self.device, max_sequence_length=512)
+        mask = torch.ones_like(text[..., 0]) if mask is None else mask
+        # few lengths, for torch.compile, and none is shorter than that of ' '
+        missing = -text.shape[1] % 64
+        return F.pad(text, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+
+    def encode_nothing(self, pipe):
+        return self.encode_with(pipe, [' '])
+
+    def trainable(self, lora=None):
+        """Base's; without adapters on what the last block makes of the text: it is not read."""
+        if lora:
+            last = f'transformer_blocks.{len(self.teacher.transformer_blocks) - 1}'
+            lora = copy.copy(lora)
+            lora.exclude_modules = rf'{last}\.(attn\.to_add_out|txt_mlp\..*)'
+        return super().trainable(lora)
+
+    def call(self, net, xt, t, y):
+        shape = 1, xt.shape[2] // 2, xt.shape[3] // 2
+        out = net(self.pack(xt), timestep=t / 1000, encoder_hidden_states=y[0],
+                  encoder_hidden_states_mask=y[1], img_shapes=[[shape]] * len(xt))
+        return self.unpack(out.sample)
+
+    def guided(self, cond, uncond, cfg):
+        cond, out = self.pack(cond), self.pack(super().guided(cond, uncond, cfg))
+        return self.unpack(out * cond.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True))
+
+    def pack(self, x):
+        return F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+    def unpack(self, x):
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (round(x.shape[1] ** .5), -1)), 2)
+
+    def to_pixels(self, z):
+        # without the cache of a video's earlier frames, and without the clamp
+        return self.vae.decoder(self.vae.post_quant_conv(z[:, :, None]))[:, :, 0]
+
+    def to_latents(self, pixels):
+        return self.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
+
+FAMILIES = dict(
+    StableDiffusionXLPipeline=SDXL, StableDiffusion3Pipeline=SD3, QwenImagePipeline=QwenImage)
 
 # --------------------------------------------------------------------------------------------------
 # LoRA: a student or fake score that has the teacher's frozen tensors, not a copy of them, and
@@ -894,7 +1043,7 @@ class LatentReward(nn.Module):
         """B strings -> (embeddings (2 B, L, D), pooled (2 B, P)), the second half those of ''."""
         wanted = [*prompts, *[''] * len(prompts)]
         each = list(dict.fromkeys([*prompts, '']))                # candidates of a prompt share it
-        y = self.base.encode_with(self.pipe, each, guided=False)[::2]
+        y = self.base.encode_with(self.pipe, each)
         places = [each.index(prompt) for prompt in wanted]
         return [v[places] for v in y]
 
@@ -912,6 +1061,9 @@ def load_latent_reward(name, base, flag='--lrm'):
     """LatentReward, frozen, from a folder in the layout of casiatao/LRM's SDXL model (unet/, of SD3
     transformer/, text_encoder/, text_encoder_2/, state_dict.pt) or hub_id/subfolder."""
     quiet()
+    if not hasattr(base.pipe, 'text_encoder_2'):
+        die(f'--reward latent: a latent reward scores by the second of two CLIP text encoders, '
+            f'{base.name} has none; --reward pickscore reads pictures')
     folder = Path(name)
     way_out = (f'give {flag} a folder with {base.part}/, text_encoder/, text_encoder_2/ and '
                'state_dict.pt; for a base model that has none, train one as tests/make_toy.py '
@@ -981,13 +1133,13 @@ def student_pictures(base, net, steps, prompts, noise, micro):
         found.append(base.pictures(z))
     return torch.cat(found)
 
-def few_step_scheduler(scheduler):
+def few_step_scheduler(scheduler, tokens=4096):
     """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, of a
     flow with sigmas = (n, ..., 1) / n in the pipeline's call, which it shifts by itself. Of the
     base's own it takes the noise levels, and none of the other settings: clipping, thresholding,
-    spacing."""
+    spacing. tokens: as for Schedule."""
     from diffusers import FlowMatchLCMScheduler, LCMScheduler
-    schedule = Schedule(scheduler)
+    schedule = Schedule(scheduler, tokens)
     if schedule.kind == 'flow':
         return FlowMatchLCMScheduler(shift=schedule.shift)
     names = 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'rescale_betas_zero_snr'
@@ -1014,19 +1166,20 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     are decoded one by one: at 1024 px each takes 3.2 GB (tests/bench.py)."""
     pipe.vae.enable_slicing()
     streams = [generator(seed, int(i)) for i in indices]
-    how = dict(num_inference_steps=steps, guidance_scale=cfg)
-    if type(pipe.scheduler).__name__ == 'LCMScheduler':
-        own = Schedule(pipe.scheduler).steps(steps).long().tolist()
-        how = dict(timesteps=own, guidance_scale=0.)
-    # the second: Euler's with fresh noise, the same sampler, of students up to November 2026
-    elif (type(pipe.scheduler).__name__ == 'FlowMatchLCMScheduler'
-          or pipe.scheduler.config.get('stochastic_sampling')):
+    kind = type(pipe.scheduler)
+    # the last: Euler's with fresh noise, the same sampler, of students up to November 2026
+    few = (kind.__name__ in ('LCMScheduler', 'FlowMatchLCMScheduler')
+           or pipe.scheduler.config.get('stochastic_sampling'))
+    how = family_of(pipe).called(pipe, 0. if few else cfg, len(streams))
+    if kind.__name__ == 'LCMScheduler':
+        how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
+    else:
+        how['num_inference_steps'] = steps
+    if few and kind.__name__ != 'LCMScheduler':
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
-        how['guidance_scale'] = 0.
-        # SD3's pipeline does not hand its generators on to the scheduler
-        step = type(pipe.scheduler).step
-        pipe.scheduler.step = functools.partial(step, pipe.scheduler, generator=streams)
-    out = pipe(list(prompts), generator=streams, output_type='pt', **how, **text_length(pipe))
+        # flows' pipelines do not hand their generators on to the scheduler
+        pipe.scheduler.step = functools.partial(kind.step, pipe.scheduler, generator=streams)
+    out = pipe(list(prompts), generator=streams, output_type='pt', **how)
     return out.images.float().cpu()
 
 # --------------------------------------------------------------------------------------------------
@@ -1061,7 +1214,7 @@ BASE_LORA = 'base_lora.safetensors'                  # what was merged into its 
 STABILITY = ('other\nlicense_name: stabilityai-ai-community\n'
              'license_link: https://huggingface.co/{base}/blob/main/LICENSE.md')
 LICENCES = {'stabilityai/stable-diffusion-xl-': 'openrail++',
-            'stabilityai/stable-diffusion-3': STABILITY}
+            'stabilityai/stable-diffusion-3': STABILITY, 'Qwen/Qwen-Image': 'apache-2.0'}
 
 @functools.cache
 def commit():
@@ -1080,21 +1233,21 @@ def versions():
     names = 'torch', 'diffusers', 'transformers', 'peft'
     return dict(commit=commit(), versions={k: importlib.metadata.version(k) for k in names})
 
-def modelspec(facts, part):
+def modelspec(facts, family):
     """A safetensors file's metadata, by which other tools know what it is for."""
-    kind = dict(unet='stable-diffusion-xl-v1-base', transformer='stable-diffusion-3')[part]
+    kind = family.architecture + ('/lora' if facts.get('lora') else '')
     words = {
-        'sai_model_spec': '1.0.0', 'architecture': kind + ('/lora' if facts.get('lora') else ''),
+        'sai_model_spec': '1.0.0', 'architecture': kind,
         'implementation': 'diffusers', 'title': f'Flash-DMD student of {facts["base_model"]}',
         'description': f'{len(facts["steps"])} steps, no guidance (CFG 1), sampler LCM',
         'date': time.strftime('%Y-%m-%d')}
     return {'format': 'pt'} | {f'modelspec.{key}': value for key, value in words.items()}
 
-def snippet(facts, part):
+def snippet(facts, family):
     """Lines of Python that draw with the student, started in its folder."""
     base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
     call, more, scheduler = f'num_inference_steps={steps}', '', 'LCMScheduler'
-    if part == 'transformer':
+    if family.part == 'transformer':
         scheduler = 'FlowMatchLCMScheduler'
         call = f'sigmas={[k / steps for k in range(steps, 0, -1)]}'
         if facts.get('t5') is False:
@@ -1117,10 +1270,10 @@ def snippet(facts, part):
                      "subfolder='scheduler')")
     lines.append("pipe.to('cuda' if cuda else 'cpu')")
     lines.append(f'prompt = {facts["prompts"][0]!r}')
-    lines.append(f"pipe(prompt, {call}, guidance_scale=0).images[0].save('picture.png')")
+    lines.append(f"pipe(prompt, {call}, {family.unguided}).images[0].save('picture.png')")
     return lines
 
-def write_facts(folder, facts, part, run):
+def write_facts(folder, facts, family, run):
     """student.json, the base LoRA and the model card of the student in `folder`, and beside it the
     newest pictures and the settings of its run, if `run` is the folder of one."""
     if facts.get('base_lora'):                     # the student's folder is to be whole without it
@@ -1147,8 +1300,8 @@ def write_facts(folder, facts, part, run):
     if grids:
         shutil.copyfile(grids[-1], folder / 'samples.png')
         text += ['', '![pictures of the run](samples.png)']
-    text += ['', '```python', *snippet(facts, part), '```']
-    if lora and part == 'unet':
+    text += ['', '```python', *snippet(facts, family), '```']
+    if lora and family.part == 'unet':
         text += ['', f'ComfyUI, A1111: `{COMFYUI}` is the LoRA under their names, for strength 1; '
                  f'sampler LCM, scheduler simple, {steps} steps, CFG 1.']
     if facts.get('base_lora'):
@@ -1178,7 +1331,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
     if dist.get_rank():
         return
     from diffusers.utils import convert_state_dict_to_kohya
-    scheduler = few_step_scheduler(base.pipe.scheduler)
+    scheduler = few_step_scheduler(base.pipe.scheduler, base.tokens)
     facts = facts | dict(steps=steps.long().tolist(), base_lora=list(base.base_lora))
     with replacing(folder) as tmp:
         if lora:
@@ -1192,7 +1345,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 adapters[name] = w.to(dtype).contiguous()
             targets = sorted(lora.target_modules)
             facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
-            words = modelspec(facts, base.part)
+            words = modelspec(facts, base)
             save_file(adapters, tmp / 'pytorch_lora_weights.safetensors', words)
             if base.part == 'unet':                     # of SD3 they read diffusers' own names
                 names = convert_state_dict_to_kohya(adapters)
@@ -1210,7 +1363,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 if name == 'force_zeros_for_empty_prompt':
                     parts[name] = value
             type(base.pipe)(**parts).save_pretrained(tmp)
-        write_facts(tmp, facts, base.part, Path(folder).parent)
+        write_facts(tmp, facts, type(base), Path(folder).parent)
 
 def lora_file(folder, net, flag):
     """The adapters in a LoRA student's folder, {name in trained(net): tensor}, at scale 1."""
@@ -1247,7 +1400,8 @@ def load_student(folder, facts, dtype, flag='--ckpt'):
         facts['base_model'], whose, dtype, facts.get('t5'), facts.get('base_lora'))
     lora_file(folder, network_of(pipe), flag)                                    # for its sentence
     pipe.load_lora_weights(folder)
-    pipe.scheduler = few_step_scheduler(pipe.scheduler)
+    tokens = (family_of(pipe).side(pipe) // 2) ** 2
+    pipe.scheduler = few_step_scheduler(pipe.scheduler, tokens)
     return pipe
 
 def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
@@ -1494,7 +1648,8 @@ def gathered(value):
     return values
 
 # layers whose weights are gathered together, by the names of their classes in diffusers
-BLOCKS = 'BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock'
+BLOCKS = ('BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock',
+          'QwenImageTransformerBlock')
 
 @functools.lru_cache(1)
 def mesh_of(group, kind, world, here):

@@ -189,16 +189,16 @@ if args.merge:
     if facts.get('lora'):
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-    part = 'unet' if hasattr(pipe, 'unet') else 'transformer'
+    family = m.family_of(pipe)
     facts |= dict(lora=None)
-    if one_file and part != 'unet':
+    if one_file and family is not m.SDXL:
         m.die(f'--merge {place}: one file is written of SDXL alone; give the name of a folder')
     with m.replacing(place) as tmp:
         if one_file:
-            save_file(original(pipe), tmp, m.modelspec(facts, part))
+            save_file(original(pipe), tmp, m.modelspec(facts, family))
         else:
             pipe.save_pretrained(tmp)
-            m.write_facts(tmp, facts, part, folder.parent)
+            m.write_facts(tmp, facts, family, folder.parent)
     print(f'{place}: {folder} as {"one file" if one_file else f"a whole pipeline, {dtype}"}')
     if args.push_to_hub:
         print(f'{place}: uploaded to {push(place, args.push_to_hub)}')

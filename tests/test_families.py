@@ -39,7 +39,7 @@ from test_math import bare, family, normal
 
 PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
 
-@pytest.fixture(params=['sdxl', 'sd3'])
+@pytest.fixture(params=['sdxl', 'sd3', 'qwen'])
 def base(request):
     return family(request.param)
 
@@ -161,12 +161,13 @@ def test_three_samplers_agree(base, tmp_path, monkeypatch):
         assert torch.allclose(base.decode(x0), ours, atol=1e-4)
     import diffusers.schedulers.scheduling_flow_match_lcm as flow
     import diffusers.schedulers.scheduling_lcm as lcm
-    fresh = iter([*noise[:, 1:].unbind(1), noise[:, 0]])   # a flow's draws at its last step too
+    packed = [base.pack(x) for x in (*noise[:, 1:].unbind(1), noise[:, 0])]
+    fresh = iter(packed)                                   # a flow's draws at its last step too
     for module in (flow, lcm):
         monkeypatch.setattr(module, 'randn_tensor', lambda *a, **k: next(fresh))
     how = dict(sigmas=[1, .75, .5, .25]) if base.part == 'transformer' else {}
-    theirs = pipe(PROMPTS, latents=noise[:, 0], guidance_scale=0., output_type='pt',
-                  num_inference_steps=4, **how, **m.text_length(pipe)).images
+    theirs = pipe(PROMPTS, latents=packed[-1], output_type='pt', num_inference_steps=4, **how,
+                  **base.called(pipe, 0., 2)).images
     assert torch.allclose(pipe.scheduler.timesteps.float(), steps, atol=1e-3)
     assert torch.allclose(theirs, (ours / 2 + .5).clamp(0, 1), atol=2e-3)
 
@@ -280,7 +281,7 @@ def test_a_saved_lora_is_the_student_at_scale_one(base, tmp_path, alpha):
     student = adapted(base, alpha=alpha)
     lora = m.lora_config(base.teacher, 4, alpha, 'attention')
     pipe, facts = exported(base, tmp_path, lora, student)
-    without = {} if base.part == 'unet' else dict(text_encoder_3=None, tokenizer_3=None)
+    without = dict(text_encoder_3=None, tokenizer_3=None) if type(base) is m.SD3 else {}
     plain = diffusers.DiffusionPipeline.from_pretrained(base.name, **without)
     plain.load_lora_weights(tmp_path / 'student')
     at = place(base)
@@ -426,13 +427,13 @@ def test_a_student_has_a_card_whose_block_runs(name, students, monkeypatch, capf
 def test_the_card_names_the_licence_of_a_known_base(tmp_path):
     facts = dict(base_model='stabilityai/stable-diffusion-xl-base-1.0', recipe='sdxl', iteration=1,
                  prompts=['x'], steps=[999], lora=dict(rank=4))
-    m.write_card(tmp_path, facts, 'unet', tmp_path)
+    m.write_facts(tmp_path, facts, m.SDXL, tmp_path)
     head = ModelCard.load(tmp_path / 'README.md').data
     assert head.license == 'openrail++'
     assert head.base_model == facts['base_model']
     assert head.base_model_relation == 'adapter'
     facts |= dict(base_model='stabilityai/stable-diffusion-3.5-medium', lora=None)
-    m.write_card(tmp_path, facts, 'transformer', tmp_path)
+    m.write_facts(tmp_path, facts, m.SD3, tmp_path)
     head = ModelCard.load(tmp_path / 'README.md').data
     assert head.license_name == 'stabilityai-ai-community'
     assert facts['base_model'] in head.license_link
@@ -763,7 +764,7 @@ REFUSED = [                                                   # command, what th
     ([*ONE, '--lora', 4, '--lora_targets', 'nothing'], '--lora_targets nothing: the network has'),
     ([*ONE, '--lora', 4, '--lora_targets', 'norm1'], 'norm1 is no linear layer or convolution'),
     ([*ONE, '--recipe', 'toy-sd3', '--t5'], '--t5: --model assets/toy/sd3 has no T5'),
-    ([*ONE, '--model', 'TMP/sd1'], 'StableDiffusionXLPipeline and StableDiffusion3Pipeline'),
+    ([*ONE, '--model', 'TMP/sd1'], 'StableDiffusionXLPipeline, StableDiffusion3Pipeline, QwenImagePipeline. Another'),
     ([*TWO, '--init', 'assets/toy/student', '--lora', 4], 'is one of --lora 32 and stays one'),
     ([*TWO, '--init', 'TMP/wide'], 'is of another base model'),
     ([*TWO, '--init', 'TMP/sound', '--reward', 'pickscore', '--pickscore', 'TMP/nowhere'],
