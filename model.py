@@ -559,6 +559,8 @@ class Base:
         self.teacher = getattr(pipe, self.part).eval().to(device)
         self.network = type(self.teacher)               # FSDP2 gives its networks other classes
         self.vae = pipe.vae.eval().to(device)
+        if not self.vae._supports_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing = functools.partial(checkpoint_decoder, self.vae)
         encoders = (pipe.components.get(f'text_encoder{k}') for k in ('', '_2', '_3'))
         self.encoders = [net for net in encoders if net]
         for net in (self.teacher, self.vae, *self.encoders):
@@ -701,6 +703,11 @@ class Base:
 class HalfWay(Exception):
     """Ends a forward pass after the first half of a network."""
 
+def checkpoint_decoder(vae):
+    """enable_gradient_checkpointing for the decoder of a VAE that has it not, block by block."""
+    for block in [vae.decoder.mid_block, *vae.decoder.up_blocks]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
 def as_long(u, c):
     """Text u (1, l, ...) with zeros behind, as long as c (B, L, ...)."""
     return F.pad(u, [0, 0] * (u.ndim - 2) + [0, c.shape[1] - u.shape[1]])
@@ -765,21 +772,11 @@ class SD3(Base):
         return [net.inner_dim] * len(self.first_half(net))
 
 class QwenImage(SD3):
-    """Blocks as SD3's. Tokens are 2 x 2 latents, packed; text is one encoder's, as long as it is,
-    and a mask; the VAE is one of videos; guided outputs keep the length of the conditional one."""
+    """Blocks as SD3's; tokens of 2 x 2 latents, text of one encoder with a mask, a VAE of videos."""
 
     architecture = 'qwen-image'
     reads = {'': 512}
     unguided = 'true_cfg_scale=1'
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        # diffusers has no gradient checkpointing for this VAE
-        self.vae.enable_gradient_checkpointing = self.checkpoint_decoder
-
-    def checkpoint_decoder(self):
-        for block in [self.vae.decoder.mid_block, *self.vae.decoder.up_blocks]:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     @staticmethod
     def depth(pipe):
@@ -820,6 +817,7 @@ class QwenImage(SD3):
         return self.unpack(out.sample)
 
     def guided(self, cond, uncond, cfg):
+        # a token is as long as the conditional one
         cond, out = self.pack(cond), self.pack(super().guided(cond, uncond, cfg))
         return self.unpack(out * cond.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True))
 

@@ -5,6 +5,7 @@ One's own model: a base LoRA, prompts without pictures; and the families beside 
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import model as m
 from conftest import ROOT, inside, refused, rows, weights
-from test_math import normal
+from test_math import family, normal
 
 TOY = ROOT / 'assets/toy/sdxl'
 SHORT = ['--iters', 2, '--batch', 2, '--micro', 1, '--save_every', 2, '--sample_every', 0,
@@ -174,3 +175,101 @@ def test_bad_input_is_one_sentence(flags, says, style, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
     assert says.replace('TMP', str(style)) in done.stderr
+
+# --------------------------------------------------------------------------------------------------
+# Qwen-Image
+
+PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
+
+@pytest.fixture(scope='module')
+def base():
+    return family('qwen')
+
+def test_guidance_is_the_pipelines_own_step(base):
+    """x0 of the teacher, guided and not, is where each of the pipeline's Euler steps leads: for
+    prompts of different lengths, alone and in a batch, where one is padded."""
+    noise = normal(2, *base.latent_shape)
+    for prompts, cfg in ((PROMPTS, 4.), (PROMPTS[1:], 4.), (PROMPTS, 1.)):
+        n = len(prompts)
+        seen = [base.pack(noise[-n:])]
+
+        def keep(pipe, k, t, found):
+            seen.append(found['latents'])
+            return {}
+
+        base.pipe(prompts, latents=seen[0], num_inference_steps=3, output_type='latent',
+                  callback_on_step_end=keep, **base.called(base.pipe, cfg, n))
+        sigmas = base.pipe.scheduler.sigmas
+        assert len(seen) == 4 and sigmas[0] == 1
+        y = base.encode(prompts)
+        for k, (x, end) in enumerate(zip(seen, seen[1:])):
+            theirs = x - sigmas[k] * (end - x) / (sigmas[k + 1] - sigmas[k])
+            t = (1000 * sigmas[k]).expand(n)
+            with torch.no_grad():
+                ours = base.x0(base.teacher, base.unpack(x), t, y, cfg)
+            assert torch.allclose(base.pack(ours), theirs, atol=1e-5)
+
+def test_the_teachers_row_is_the_pipelines_picture(base, group):
+    noise = normal(2, *base.latent_shape)
+    ours = base.teacher_samples(PROMPTS, noise, 3, 4., 1)
+    for prompt, x, picture in zip(PROMPTS, noise, ours):
+        theirs = base.pipe(prompt, negative_prompt=' ', true_cfg_scale=4., height=64, width=64,
+                           num_inference_steps=3, latents=base.pack(x[None]), output_type='pt')
+        assert torch.allclose((picture / 2 + .5).clamp(0, 1), theirs.images[0], atol=1e-4)
+
+def test_its_vae_without_cache_and_with_checkpoints(base):
+    """A picture is what a video's decoder makes of one frame; latents are the inverse's; block by
+    block checkpointed, the gradient is the same."""
+    z = normal(2, *base.latent_shape).requires_grad_()
+    mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in (
+        base.vae.config.latents_mean, base.vae.config.latents_std))
+    ours = base.decode(z)
+    theirs = base.vae.decode(z[:, :, None] * std + mean).sample[:, :, 0]
+    assert torch.allclose(ours.clamp(-1, 1), theirs, atol=1e-5)
+    found = (base.vae.encode(ours[:, :, None]).latent_dist.mean - mean) / std
+    assert torch.allclose(base.latents(ours), found[:, :, 0], atol=1e-5)
+    plain, = torch.autograd.grad(ours.square().sum(), z)
+    other = m.load_base(base.name)
+    other.vae.enable_gradient_checkpointing()
+    calls = []
+    hook = other.vae.decoder.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    again, = torch.autograd.grad(other.decode(z).square().sum(), z)
+    hook.remove()
+    assert len(calls) == 2                                    # once more for the backward pass
+    assert torch.allclose(plain, again, rtol=1e-4, atol=1e-6)
+
+def test_its_steps_are_shifted_by_the_number_of_tokens(base):
+    """As its own scheduler shifts them: 16 tokens here, 4096 at 1024 px."""
+    for tokens, schedule in ((16, base.schedule), (4096, m.Schedule(base.pipe.scheduler))):
+        mu = .5 + (tokens - 256) / (8192 - 256) * .4
+        assert schedule.shift == pytest.approx(math.exp(mu))
+        scheduler = type(base.pipe.scheduler).from_config(
+            base.pipe.scheduler.config, shift_terminal=None)
+        scheduler.set_timesteps(sigmas=[1, .75, .5, .25], mu=mu)
+        assert torch.allclose(schedule.steps(4), scheduler.timesteps, atol=1e-3)
+
+@pytest.fixture(scope='module')
+def qwen_run(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp('qwen') / 'run'
+    return out, run(out, 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--cfg', 4,
+                    '--lora', 4, '--grad_checkpointing', *SHORT)
+
+def test_every_script_takes_it(qwen_run, base, tmp_path):
+    """Both GANs, saved adapters, sampling, merging, rewards of pictures; no latent reward."""
+    out, said = qwen_run
+    assert 'steps [1000, 830, 619, 351]' in said
+    assert {'gan/d', 'fake', 'grad/gan'} <= rows(out)[-1].keys()
+    run(tmp_path / 'latent', 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--lora', 4,
+        '--gan', 'latent', *SHORT, '--iters', 1)
+    assert rows(tmp_path / 'latent')[0]['grad/gan'] > 0
+    ours = drawn(tmp_path / 'a.png', '--ckpt', out)
+    run(tmp_path / 'whole', 'sample.py', '--ckpt', out, '--merge', tmp_path / 'whole')
+    assert np.abs(drawn(tmp_path / 'b.png', '--ckpt', tmp_path / 'whole') - ours).max() <= 1
+    drawn(tmp_path / 'c.png', '--ckpt', out, '--teacher', '--steps', 2)
+    card = (out / 'student/README.md').read_text()
+    assert 'true_cfg_scale=1).images' in card and 'FlowMatchLCMScheduler' in card
+    stage_2 = ['train_stage2.py', '--init', out, *SHORT, '--eval_every', 0]
+    run(tmp_path / 'two', *stage_2, '--reward', 'pickscore')
+    assert 'rl/loss' in rows(tmp_path / 'two')[-1]
+    done = refused(*stage_2, '--reward', 'latent', '--lrm', 'assets/toy/lrm_sd3', '--out', tmp_path)
+    assert done.returncode == 2 and '--reward pickscore reads pictures' in done.stderr
