@@ -93,11 +93,11 @@ def sentence(words, kinds=BAD_FILE):
 
 # flags of diffusers' own scripts, and what they are here
 THEIRS = dict(
-    train_batch_size='--batch, of all ranks together', gradient_accumulation_steps='--micro, prompts '
-    'per forward: --batch / ranks / micro accumulate', max_train_steps='--iters',
-    learning_rate='--student_lr, --fake_lr and --heads_lr', output_dir='--out',
-    pretrained_model_name_or_path='--model', dataset_name='--data', train_data_dir='--data',
-    caption_column='--text_column', lr_warmup_steps='--warmup', checkpointing_steps='--save_every',
+    train_batch_size='--batch, of all ranks together', max_train_steps='--iters',
+    gradient_accumulation_steps='--micro, what a rank takes at once of its share of --batch',
+    learning_rate='--student_lr, --fake_lr and --heads_lr', lr_warmup_steps='--warmup',
+    output_dir='--out', pretrained_model_name_or_path='--model', dataset_name='--data',
+    train_data_dir='--data', caption_column='--text_column', checkpointing_steps='--save_every',
     gradient_checkpointing='--grad_checkpointing', guidance_scale='--cfg', rank='--lora',
     num_inference_steps='--steps', num_train_epochs='--iters', report_to='--wandb PROJECT',
     validation_prompt='--prompts FILE', dataloader_num_workers='--workers',
@@ -1533,7 +1533,6 @@ def read_prompts(path, flag='--prompts', blank=False):
 def quiet():
     """No warnings, retry reports and progress bars from the Hugging Face libraries, but for those
     of downloads, on one rank; their errors become sentences."""
-    import datasets
     import diffusers
     import huggingface_hub
     import transformers
@@ -1543,8 +1542,6 @@ def quiet():
     huggingface_hub.utils.logging.set_verbosity_error()
     if os.environ.get('LOCAL_RANK', '0') == '0':
         huggingface_hub.utils.enable_progress_bars()               # transformers' turned them off
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     # torch.compile's, of diffusers' own code
     warnings.filterwarnings('ignore', message='.*lru_cache')
 
@@ -1584,8 +1581,8 @@ def last_words(kind, error, trace):
     and a sentence. At a normal exit the process group would wait for those who are gone."""
     words = ''
     if isinstance(error, KeyboardInterrupt):
-        words = ('told to stop; what was saved is whole, and the same command goes on from there, or '
-                 'begins anew')
+        words = ('told to stop; what was saved is whole, and the same command goes on from '
+                 'there, or begins anew')
     elif isinstance(error, Unreadable):
         words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -2140,7 +2137,7 @@ class Log:
         self.file = out / 'log.jsonl'
         self.device, self.args = device, args
         self.seen, self.clock = {}, time.time()
-        self.begin = start, time.time()
+        self.begin, self.last = (start, time.time()), start
         self.dropped = self.in_a_row = 0
         self.data = Counter()                     # TROUBLE with the data, of this rank
         if dist.get_rank():
@@ -2179,8 +2176,9 @@ class Log:
         return ', '.join(f'{found[reason]} {reason}' for reason in TROUBLE if found[reason])
 
     def write(self, it):
-        """The only place where metrics leave the device."""
-        if it % self.args.log_every:
+        """The only place where metrics leave the device: every --log_every iterations, and after
+        the first of a run."""
+        if it % self.args.log_every and it > 1:
             return
         for reason in TROUBLE:
             self(f'data/{reason}', self.data[reason] * dist.get_world_size())
@@ -2188,8 +2186,8 @@ class Log:
         values = torch.stack([torch.stack(self.seen[name]).mean() for name in names])
         dist.all_reduce(values)
         row = dict(zip(names, (values / dist.get_world_size()).tolist()))
-        seconds = (time.time() - self.clock) / self.args.log_every
-        self.seen, self.clock = {}, time.time()
+        seconds = (time.time() - self.clock) / (it - self.last)
+        self.seen, self.clock, self.last = {}, time.time(), it
         if dist.get_rank():
             return
         shown = {name: value for name, value in row.items() if not name.startswith('data/')}
@@ -2362,7 +2360,10 @@ class Pictures:
 
     def __init__(self, source, files, image_column, text_column, size, seed, flag='--data', limit=0,
                  captioned=True):
+        import datasets                            # not in quiet(): it costs sample.py a second
         quiet()
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
         self.name = f'{flag} {source}'
         self.size = size
         self.seed = seed

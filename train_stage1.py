@@ -171,6 +171,8 @@ for left in out.glob('[!.]*') if args.check and rank == 0 else ():
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
+
+# -- data ------------------------------------------------------------------------------------------
 if args.prompts_only:
     pictures = m.Prompts(args.prompts_only, args.seed)
 else:

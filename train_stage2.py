@@ -226,6 +226,8 @@ for left in out.glob('[!.]*') if args.check and rank == 0 else ():
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
+
+# -- data ------------------------------------------------------------------------------------------
 if args.prompts_only:
     pictures = m.Prompts(args.prompts_only, args.seed)
 else:
@@ -672,13 +674,14 @@ for it in range(start, args.iters + 1):
     log.count(it, norms)
     log.write(it + 1)
 
+if rank == 0 and 0 < it <= alone:
+    print(f'the student is unchanged: all {it} iterations were the warm-up of fake score and '
+          f'discriminator, --critic_warmup {args.critic_warmup}')
+
 # -- the end ---------------------------------------------------------------------------------------
 faulthandler.cancel_dump_traceback_later()
 trouble = log.trouble()
 most = max(m.gathered(m.peak(device)))
-if rank == 0 and 0 < it <= alone:
-    print(f'the student is unchanged: all {it} iterations were the warm-up of fake score and '
-          f'discriminator, --critic_warmup {args.critic_warmup}')
 if rank == 0 and it < args.iters:
     where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
     print(f'told to stop after iteration {it}, {where}')

@@ -385,6 +385,42 @@ def test_sigterm_saves_and_four_ranks_go_on(one, tmp_path):
     assert f', of iteration {it}' in said
     assert not far_from_one_step(weights(out, 4), weights(one, 4), weights(one, 2))
 
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_ctrl_c(ranks, tmp_path):
+    """Before the first iteration one sentence, amid one it is what SIGTERM is, and a second ends at
+    once; torchrun has a traceback of its own, and repeats the first to its ranks."""
+    out, slow = tmp_path / 'run', tmp_path / 'slow'
+    script = hooked(tmp_path, f'''
+def meets(it, normals):
+    if it and os.path.exists({str(slow)!r}):
+        os.remove({str(slow)!r})
+        print('asleep', flush=True)
+        time.sleep(30)
+''')
+    for line, code, says in (
+            ('plan', 130, 'told to stop; what was saved is whole'), ('    1/4', 0, 'saved in'),
+            ('asleep', 130, 'ended at once'))[:4 - ranks]:
+        if line == 'asleep':
+            slow.touch()
+        command = [script, *RUN, '--save_every', 100, '--out', out]
+        if ranks == 2:
+            run = torchrun(*command, patience=60)
+        else:
+            run = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=ROOT, text=True, env=ENV,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        before = next(x for x in run.stdout if x.startswith(line))
+        run.send_signal(signal.SIGINT)
+        if line == 'asleep':
+            time.sleep(4)
+            run.send_signal(signal.SIGINT)
+        said = before + ended(run)
+        assert says in said, said[-3000:]
+        assert ranks == 2 or run.returncode == code and 'Traceback' not in said
+        assert not errors(said) or line == 'asleep'
+    state, = m.states_of(out)
+    assert m.iteration_of(state) in (1, 2)
+
 def test_a_signal_to_one_rank_ends_both_after_the_same_iteration(tmp_path):
     """It comes in iteration 0; both leave when that is done, saved, and with code 0."""
     script = hooked(tmp_path, '''
