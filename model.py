@@ -313,7 +313,7 @@ def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
     """DiffusionPipeline from a folder or a hub id, dtype as diffusers takes it.
 
     t5: of an SD3 pipeline's third text encoder, False leaves it on the disk, True insists on it,
-    None takes what is there. base_lora: [file, weight] of a LoRA that is merged into it, or nothing.
+    None takes what is there. base_lora: [file, weight] of a LoRA to merge into it, or nothing.
     Ends with one sentence when there is no such pipeline.
     """
     import diffusers
@@ -552,7 +552,7 @@ class Base:
 
     def __init__(self, name, pipe, device, offload=False, base_lora=()):
         self.name = name
-        self.base_lora = base_lora                               # merged into the pipeline's weights
+        self.base_lora = base_lora                              # merged into the pipeline's weights
         self.pipe = pipe
         self.device = device
         pipe.set_progress_bar_config(disable=True)
@@ -772,7 +772,7 @@ class SD3(Base):
         return [net.inner_dim] * len(self.first_half(net))
 
 class QwenImage(SD3):
-    """Blocks as SD3's; tokens of 2 x 2 latents, text of one encoder with a mask, a VAE of videos."""
+    """Blocks as SD3's, tokens of 2 x 2 latents, one text encoder and a mask, a VAE of videos."""
 
     architecture = 'qwen-image'
     reads = {'': 512}
@@ -1764,7 +1764,9 @@ def update(opt, net, clip=1.):
 # what its two passes keep, with and without gradient checkpointing, and what their backward adds
 SIZES = dict(
     sdxl=dict(net=2.567e9, texts=.818e9, t5=0., adapters=1.4515e6, kept=(1.18, 13.8), back=.1),
-    sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3))
+    sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3),
+    qwen=dict(net=20.43e9, texts=8.292e9, t5=0., adapters=2.943e6, kept=(3.19, 52.3), back=.76,
+              vae=.1269e9, picture=(14.1, 33.7), look=2.83))
 # parameters of the VAE, of SAM's vit_b and its heads; GB of each picture of 1024 px from the latent
 # to the logits and back, with and without checkpointing, and to decode one to look at; GB of layers
 # in flight, gathered, with their gradients. tests/bench.py --only memory counts all of these
@@ -1787,9 +1789,9 @@ def gigabytes(args, world, here, cuda):
     """{'frozen', 'trained', 'activations': GB on each of `world` cards, `here` of them on this
     machine, 'main': GB of main memory that --cpu_offload takes, 'state', 'student': GB on the disk,
     'counted': whether activations are known}, for a training script's settings."""
-    family = 'sd3' if 'sd3' in args.recipe else 'sdxl'
-    size = SimpleNamespace(**SIZES[family])
-    net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), VAE
+    family = next((name for name in ('sd3', 'qwen') if name in args.recipe), 'sdxl')
+    size = SimpleNamespace(**dict(vae=VAE, picture=PICTURE, look=LOOK) | SIZES[family])
+    net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), size.vae
     counted = True
     if Path(args.model).is_dir():
         parts = stored(args.model)
@@ -1821,11 +1823,13 @@ def gigabytes(args, world, here, cuda):
         dear = 0 if args.grad_checkpointing else 1
         kept = size.kept[dear]
         area = (args.gan_crop / 1024) ** 2 if args.gan_crop else 1
-        judged = kept + PICTURE[dear] * area * (args.gan == 'pixel')
+        judged = kept + size.picture[dear] * area * (args.gan == 'pixel')
         each = max(judged, kept + size.back)
         # of a network trained whole the gradients of one pass wait for the other's, in bf16
         learnt = .9 * args.micro + (0 if args.lora else 2e-9 * net)
-        activations = max(each * args.micro, learnt, LOOK + .4 * args.micro) * few / 2
+        activations = max(each * args.micro, learnt, size.look + .4 * args.micro) * few / 2
+        if args.offload:                                  # they are here while they encode
+            activations = max(activations, few * texts / 1e9)
     state = 2 * 12 * own + 12 * heads
     saved = dict(float32=4).get(args.save_dtype, 2)
     student = saved * (own if args.lora else net + texts + vae)

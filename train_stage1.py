@@ -53,6 +53,11 @@ RECIPES = {
         model='stabilityai/stable-diffusion-3-medium-diffusers', lora=64, batch=32, micro=1,
         iters=4000, ttur=2, cfg=7., gan_weight=1e-2, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4,
         warmup=50, grad_checkpointing=True),
+    # rank and rates of LightX2V's 4-step adapters
+    'qwen': PHOTOS | dict(
+        model='Qwen/Qwen-Image', lora=32, lora_alpha=32., offload=True, batch=32, micro=1,
+        iters=1000, ttur=2, cfg=4., gan_weight=1e-2, student_lr=1e-4, fake_lr=2e-5, heads_lr=1e-4,
+        warmup=50, grad_checkpointing=True),
     'toy': TOY | dict(model='assets/toy/sdxl', student_lr=1e-4, fake_lr=4e-4),
     'toy-sd3': TOY | dict(model='assets/toy/sd3', lora=32, student_lr=1e-3, fake_lr=2e-3)}
 # DMD2's losses and weights, on a head, learning rate and clip of ours
@@ -72,7 +77,7 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
 flag = p.add_argument_group('models').add_argument
-flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
+flag('--model', help='teacher: an SDXL, SD3 or Qwen-Image pipeline, folder or hub id')
 flag('--base_lora', nargs='+', default=[], metavar=('FILE', 'weight'),
      help='LoRA to merge into the teacher before anything else, at this weight; none: 1')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")

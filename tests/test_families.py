@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-    UNet2DConditionModel)
+    AutoencoderKL, AutoencoderKLQwenImage, DDPMScheduler, FlowMatchEulerDiscreteScheduler,
+    QwenImageTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel)
 from diffusers.loaders import single_file_utils as single_file
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard
@@ -588,7 +588,9 @@ SIZES = {                                # parameters, network's configuration, 
         [1536] * 12),
     'SD3.5-Large': (8_056_627_520, MMDIT | dict(
         num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm='rms_norm'),
-        [2432] * 19)}
+        [2432] * 19),
+    'Qwen-Image, 4 of its 60 blocks': (
+        20_430_401_088 - 56 * 339_831_296, dict(num_layers=4), [3072] * 2)}
 
 def reward_of_that_size(base, net):
     """LatentReward around a network of that size, with text encoders in name only."""
@@ -602,15 +604,20 @@ def test_the_passes_of_an_iteration_at_full_size(name):
     """At 1024 px, without memory: shapes, dtypes, and all that is trained gets a gradient; of SDXL
     all weights, of SD3 adapters of rank 64."""
     count, config, channels = SIZES[name]
-    sdxl = name == 'SDXL'
-    c, tokens, width, pooled = (4, 77, 2048, 1280) if sdxl else (16, 333, 4096, 2048)
-    base = bare(
-        m.SDXL if sdxl else m.SD3, m.Schedule(DDPMScheduler() if sdxl else
-        FlowMatchEulerDiscreteScheduler(shift=3.)), 1024, 'meta', tokens, width, pooled)
+    sdxl, qwen = name == 'SDXL', 'Qwen' in name
+    kind, network, c, tokens, width, pooled = m.SD3, SD3Transformer2DModel, 16, 333, 4096, 2048
+    if sdxl:
+        kind, network, c, tokens, width, pooled = m.SDXL, UNet2DConditionModel, 4, 77, 2048, 1280
+    if qwen:                                                       # the last is its mask's
+        kind, network = m.QwenImage, QwenImageTransformer2DModel
+        tokens, width, pooled = 64, 3584, 64
+    base = bare(kind, m.Schedule(DDPMScheduler() if sdxl else FlowMatchEulerDiscreteScheduler(
+        shift=3.)), 1024, 'meta', tokens, width, pooled)
     with torch.device('meta'):
-        network = UNet2DConditionModel if sdxl else SD3Transformer2DModel
         net = base.teacher = network(**config)
         base.vae = AutoencoderKL(**VAE_OF['sdxl' if sdxl else 'sd3']).requires_grad_(False)
+        if qwen:
+            base.vae = AutoencoderKLQwenImage().requires_grad_(False)
         assert sum(w.numel() for w in net.parameters()) == count
         if not sdxl:
             net.requires_grad_(False)
@@ -633,9 +640,9 @@ def test_the_passes_of_an_iteration_at_full_size(name):
     with torch.no_grad():
         assert base.x0(base.teacher, z, t_s, y, 8.).shape == z.shape
         maps = base.features(net, z, t_s, y)
-        reward = reward_of_that_size(base, net)
-        assert reward.visual_projection.weight.shape == (1280, sum(channels))
-        assert reward(z, t_s, [torch.cat([v, v]) for v in y]).shape == (1,)
+        reward = None if qwen else reward_of_that_size(base, net)
+        assert qwen or reward.visual_projection.weight.shape == (1280, sum(channels))
+        assert qwen or reward(z, t_s, [torch.cat([v, v]) for v in y]).shape == (1,)
     assert base.channels(net) == [f.shape[1] for f in maps] == channels
     sides = [128, 64, 32, 32] if sdxl else [64] * len(channels)
     assert [f.shape[-1] for f in maps] == sides
@@ -764,7 +771,8 @@ REFUSED = [                                                   # command, what th
     ([*ONE, '--lora', 4, '--lora_targets', 'nothing'], '--lora_targets nothing: the network has'),
     ([*ONE, '--lora', 4, '--lora_targets', 'norm1'], 'norm1 is no linear layer or convolution'),
     ([*ONE, '--recipe', 'toy-sd3', '--t5'], '--t5: --model assets/toy/sd3 has no T5'),
-    ([*ONE, '--model', 'TMP/sd1'], 'StableDiffusionXLPipeline, StableDiffusion3Pipeline, QwenImagePipeline. Another'),
+    ([*ONE, '--model', 'TMP/sd1'],
+     'StableDiffusionXLPipeline, StableDiffusion3Pipeline, QwenImagePipeline. Another'),
     ([*TWO, '--init', 'assets/toy/student', '--lora', 4], 'is one of --lora 32 and stays one'),
     ([*TWO, '--init', 'TMP/wide'], 'is of another base model'),
     ([*TWO, '--init', 'TMP/sound', '--reward', 'pickscore', '--pickscore', 'TMP/nowhere'],

@@ -259,8 +259,8 @@ def test_every_script_takes_it(qwen_run, base, tmp_path):
     out, said = qwen_run
     assert 'steps [1000, 830, 619, 351]' in said
     assert {'gan/d', 'fake', 'grad/gan'} <= rows(out)[-1].keys()
-    run(tmp_path / 'latent', 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--lora', 4,
-        '--gan', 'latent', *SHORT, '--iters', 1)
+    run(tmp_path / 'latent', 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name,
+        '--lora', 4, '--gan', 'latent', *SHORT, '--iters', 1)
     assert rows(tmp_path / 'latent')[0]['grad/gan'] > 0
     ours = drawn(tmp_path / 'a.png', '--ckpt', out)
     run(tmp_path / 'whole', 'sample.py', '--ckpt', out, '--merge', tmp_path / 'whole')
