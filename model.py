@@ -389,7 +389,7 @@ def check_sources(args):
     if args.wandb and not importlib.util.find_spec('wandb'):
         words.append('--wandb needs wandb: pip install wandb')
     kinds = [('model', 'model'), ('data', 'dataset')]
-    if getattr(args, 'reward', '') == 'latent':
+    if 'latent' in getattr(args, 'reward', ''):
         kinds.append(('lrm', 'model'))
     for flag, kind in kinds if dist.get_rank() == 0 else ():
         name = '/'.join(vars(args)[flag].split('/')[:2])               # lrm: owner/name/subfolder
