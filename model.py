@@ -57,7 +57,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -121,7 +122,7 @@ class Parser(argparse.ArgumentParser):
             for name, table in tables.items():
                 value = table.get(action.dest, action.default)
                 if value not in (None, '', [], argparse.SUPPRESS):
-                    value = ' '.join(value) if isinstance(value, list) else str(value)
+                    value = ' '.join(map(str, value)) if isinstance(value, list) else str(value)
                     shown.setdefault(value, []).append(name)
             words = [value if len(names) == len(tables) else f'{", ".join(names)}: {value}'
                      for value, names in shown.items()]
@@ -305,6 +306,15 @@ class Schedule:
             return self._shifted(torch.special.ndtri(u).sigmoid())
         return self.between(u, 0, 999)
 
+    def beta(self, u, a, b):
+        """Uniforms u in [0, 1) -> times whose 1000th part is Beta(a, b), a, b >= 1, by its inverse
+        distribution: DMDR's, raw, without a flow's shift; rounded where the schedule is a table."""
+        x = np.linspace(0, 1, 4097)
+        middle = (x[1:] + x[:-1]) / 2
+        mass = np.append(0, np.cumsum(middle ** (a - 1) * (1 - middle) ** (b - 1)))
+        t = 1000 * torch.from_numpy(np.interp(u.double().cpu(), mass / mass[-1], x)).to(u)
+        return t if self.kind == 'flow' else t.round().clamp(max=999)
+
 # --------------------------------------------------------------------------------------------------
 # the base model: a diffusers pipeline taken apart. All that differs between families stands in the
 # subclass of a family
@@ -418,8 +428,6 @@ def load_network(name, kind, part):
 def check_sources(args):
     """Ends with one sentence that names all that a training script's run lacks: repositories of the
     hub that are neither here nor to be had, with their licences, and the library of --wandb."""
-    if not Path(args.model).exists() and not hub_id(args.model):
-        die(f'--model {args.model} does not exist')
     if args.base_lora:
         lora_and_weight(args.base_lora)
     if args.prompts_only and args.gan != 'none':
@@ -428,7 +436,7 @@ def check_sources(args):
     if args.wandb and not importlib.util.find_spec('wandb'):
         words.append('--wandb needs wandb: pip install wandb')
     kinds = [('model', 'model')] + [('data', 'dataset')] * (not args.prompts_only)
-    if getattr(args, 'reward', '') == 'latent':
+    if 'latent' in getattr(args, 'reward', ''):
         kinds.append(('lrm', 'model'))
     for flag, kind in kinds if dist.get_rank() == 0 else ():
         name = '/'.join(vars(args)[flag].split('/')[:2])               # lrm: owner/name/subfolder
@@ -446,6 +454,10 @@ def unreachable(what, name, kind):
     with contextlib.suppress(Exception):
         hub.snapshot_download(name, repo_type=kind, local_files_only=True)
         return ''
+    if kind == 'dataset':                                  # datasets has a cache of its own
+        import datasets
+        if Path(datasets.config.HF_DATASETS_CACHE, name.replace('/', '___')).exists():
+            return ''
     page = f'https://huggingface.co/{"datasets/" if kind == "dataset" else ""}{name}'
     try:
         hub.HfApi().auth_check(name, repo_type=kind)
@@ -683,7 +695,7 @@ class Base:
         """What the first half of net makes of (xt, t, y): a list of maps (B, C, h, w) float32, the
         last of them the bottleneck that DMD2's discriminator looks at. The other half is not
         computed. net must be the bare module, not its DDP wrapper; a sharded one (FSDP2) gives the
-        weights of its root back in the backward pass that must follow."""
+        weights of its root back in the backward pass, which must follow but under no_grad."""
         found = []
         blocks = self.first_half(net)
 
@@ -698,6 +710,8 @@ class Base:
                 stack.callback(block.register_forward_hook(keep).remove)
             with contextlib.suppress(HalfWay):
                 self.predict(net, xt, t, y)
+        if isinstance(net, FSDPModule) and not torch.is_grad_enabled():
+            net.reshard()
         return found
 
 class HalfWay(Exception):
@@ -868,6 +882,17 @@ def twin(net, dtype=None):
         if own and isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.to(dtype)
     return other
+
+@contextlib.contextmanager
+def adapters_at(net, scale):
+    """net's adapters count as scale B A inside, whatever alpha / rank is; 0: they do not count."""
+    layers = [layer for layer in net.modules() if hasattr(layer, 'lora_A')]
+    own = [layer.scaling for layer in layers]
+    for layer in layers:               # a tensor: a graph of torch.compile then serves every scale
+        layer.scaling = dict.fromkeys(layer.scaling, torch.tensor(scale))
+    yield
+    for layer, scaling in zip(layers, own):
+        layer.scaling = scaling
 
 ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0',
              'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out']
@@ -1106,20 +1131,35 @@ def at_step(base, steps, noise, k, x0):
     return base.schedule.noised(x0, noise[:, k], t), t
 
 @torch.no_grad()
-def backward_simulation(base, net, steps, noise, y, first=0, stop=None, x0=None):
+def backward_simulation(base, net, steps, noise, y, first=0, stop=None, x0=None, ode=False):
     """Runs the few-step student from step `first` up to, not including, `stop` (None: to the end).
 
     At each step the x0 of the step before is noised with fresh noise and predicted anew: DMD2's
-    multi-step sampler. Returns x0 (B, C, h, w), or the x0 passed in where there is no step to run.
+    multi-step sampler. ode: with the noise that is in the input already. Returns x0 (B, C, h, w),
+    or the x0 passed in where there is no step to run.
     """
     for k in range(len(steps))[first:stop]:
-        x0 = base.x0(net, *at_step(base, steps, noise, k, x0), y)
+        x_t, t = at_step(base, steps, noise, k, x0)
+        x0 = base.x0(net, x_t, t, y)
+        if ode:
+            left = (x_t - base.schedule.alpha(t) * x0) / base.schedule.sigma(t)
+            noise = left[:, None].expand_as(noise)
     return x0
 
 def reach(base, net, steps, noise, y, s):
     """The student's input (x_s, t_s) at its step s, reached from pure noise as at inference."""
     before = backward_simulation(base, net, steps, noise, y, stop=s)
     return at_step(base, steps, noise, s, before)
+
+def reach_dmdr(base, net, steps, noise, y, s, rollout, eps):
+    """DMDR's (x_s, t_s) and the sample that is noised to t_s with eps: of --rollout sde the
+    student's x0 at step s itself, of ode the end of its deterministic trajectory. At the first
+    step x_s is pure noise."""
+    ode = rollout == 'ode'
+    stop = None if ode else s + 1
+    sample = backward_simulation(base, net, steps, noise, y, stop=stop, ode=ode)
+    t_s = steps[s].expand(len(eps))
+    return base.schedule.noised(sample, eps, t_s) if s else eps, t_s, sample
 
 def student_pictures(base, net, steps, prompts, noise, micro):
     """The student's pictures by backward_simulation, `micro` at a time: noise (B, S, C, h, w) ->
@@ -1425,7 +1465,7 @@ def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
         if facts.get('base_lora'):
             file, weight = facts['base_lora']
             facts['base_lora'] = [str(folder / file), float(weight)]
-    home = here / facts['base_model']
+    home = HERE / facts['base_model']
     if home.exists() and not Path(facts['base_model']).exists():         # from another folder
         facts['base_model'] = str(home)
     return folder, facts
@@ -1799,25 +1839,28 @@ def gigabytes(args, world, here, cuda):
         texts = sum(n for part, n in parts.items() if part.startswith('text_encoder'))
         vae = parts.get('vae', 0)
         counted = abs(net / size.net - 1) < .1
-    own = args.lora * size.adapters * net / size.net if args.lora else net
+    per_rank = size.adapters * net / size.net
+    own = args.lora * per_rank or net
+    fake = (args.fake_lora or args.lora) * per_rank or net
     spread = here if 1 < here < world else world
     few = 2 if cuda else 4                                # bytes of a frozen weight; VAE, SAM: 4
     sam, heads = (SAM, HEADS) if args.gan == 'pixel' and counted else (0, 0)
 
-    # the teacher, and stage 2's reference, of the teacher's own tensors with --lora
-    copies = 1 if args.lora or not hasattr(args, 'rl_ratio') else 2
-    teachers = few * net * copies / (1 if args.lora else spread)
+    # the teacher, whole where adapters are on it; stage 2's reference, a LoRA's has its tensors
+    teachers = few * net / (spread if fake == net else 1)
+    if own == net and hasattr(args, 'rl_ratio'):
+        teachers += few * net / spread
     frozen = teachers + 4 * (vae + sam) + (0 if args.offload else few * texts)
     # weights, gradients and two moments, fp32, of student and fake score; autocast's bf16 copy
-    trained = 2 * 16 * own / (1 if args.lora else spread)
-    main = 0
-    if args.cpu_offload:
-        trained, main = 0, trained
+    main = 16 / spread * sum(w for w in (own, fake) if w == net)
+    trained = 16 * sum(w for w in (own, fake) if w != net)
+    if not args.cpu_offload:
+        trained, main = trained + main, 0
     if not args.lora and counted:
         trained += FLIGHT * 1e9 if world > 1 or args.cpu_offload else 2 * net * cuda
     trained += 16 * heads
     if hasattr(args, 'rl_ratio') and counted:
-        frozen += few * 2.05e9 if args.reward == 'latent' else 3.9e9
+        frozen += few * 2.05e9 if 'latent' in args.reward else 3.9e9
     activations = 0
     if counted:
         dear = 0 if args.grad_checkpointing else 1
@@ -1830,7 +1873,7 @@ def gigabytes(args, world, here, cuda):
         activations = max(each * args.micro, learnt, size.look + .4 * args.micro) * few / 2
         if args.offload:                                  # they are here while they encode
             activations = max(activations, few * texts / 1e9)
-    state = 2 * 12 * own + 12 * heads
+    state = 12 * (own + fake + heads)
     saved = dict(float32=4).get(args.save_dtype, 2)
     student = saved * (own if args.lora else net + texts + vae)
     return dict(frozen=frozen / 1e9, trained=trained / 1e9, activations=activations,
@@ -1873,6 +1916,8 @@ def default_recipe(parser, recipes):
 def plan(args, out, device):
     """Prints what a run with these settings takes, beside what there is; ends with a sentence where
     it cannot fit, but for --force. Returns GB a rank, as far as they are counted."""
+    if not Path(args.model).exists() and not hub_id(args.model):
+        die(f'--model {args.model} does not exist')
     world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     need = gigabytes(args, world, here, device.type == 'cuda')
     total = need['frozen'] + need['trained'] + need['activations']
@@ -2063,7 +2108,7 @@ def find_state(out, args):
         old, new = saved['args'], settings(args)
         if ('rl_ratio' in old) != ('rl_ratio' in new):
             die(f'--out {out} holds a run of the other stage; choose another --out')
-        for key, none in dict(model='', lora=0, base_lora=[]).items():
+        for key, none in dict(model='', lora=0, fake_lora=0, base_lora=[]).items():
             if old.get(key, none) != new.get(key, none):
                 die(f'--out {out} holds a run of --{key} {old.get(key, none)}, not {new[key]}; '
                     'choose another --out')
@@ -2081,7 +2126,7 @@ def find_state(out, args):
 @torch.no_grad()
 def load_state(state, weights, opts, partly=False):
     """Puts a saved state into weights and optimisers, of which each rank reads its own rows;
-    returns the names of the networks found. partly: others may be missing."""
+    returns the names of the networks found. partly: others may be missing, or of other weights."""
     found = {}                        # {network: {weight's name: {kind: [(first row, file, key)]}}}
     if state is None:
         return found.keys()
@@ -2093,6 +2138,9 @@ def load_state(state, weights, opts, partly=False):
                 net, kind, name = place.replace('/', '.', 1).split('.', 2)
                 kinds = found.setdefault(net, {}).setdefault(name, {})
                 kinds.setdefault(kind, []).append((int(first or 0), file, key))
+        if partly:                                   # another kind of discriminator, adapters
+            found = {net: kinds for net, kinds in found.items()
+                     if net in weights and kinds.keys() == weights[net].keys()}
         for net, named in weights.items():
             if partly and net not in found:
                 continue

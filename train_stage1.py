@@ -13,7 +13,7 @@ G. In one iteration:
     python train_stage1.py                              # CUDA: SDXL; else the toy, in 4 minutes
     torchrun --nproc_per_node=8 train_stage1.py         # 8 GPUs, the same result
     python train_stage1.py --recipe sd3                 # SD3-Medium, LoRA
-    python train_stage1.py --recipe toy-dmd2            # DMD2, for comparison
+    python train_stage1.py --recipe toy-dmd2            # DMD2, for comparison; toy-dmdr: DMDR
 
 Running the same command again resumes. out/stage1, or out/stage1-RECIPE, gets state-*/
 (everything), student/ (a diffusers pipeline, or adapters), log.jsonl, samples-*.png, curves.png.
@@ -21,6 +21,7 @@ Running the same command again resumes. out/stage1, or out/stage1-RECIPE, gets s
 
 import argparse
 import faulthandler
+import math
 import time
 from types import SimpleNamespace
 
@@ -63,6 +64,15 @@ RECIPES = {
 # DMD2's losses and weights, on a head, learning rate and clip of ours
 DMD2 = dict(gan='latent', gan_weight=5e-3, split=False, ttur=5, couple=1.)
 RECIPES |= {'sdxl-dmd2': RECIPES['sdxl'] | DMD2, 'toy-dmd2': RECIPES['toy'] | DMD2}
+# DMDR (2511.13649), its cold start: SD3's column is the official one, SDXL's has ours of 4 steps
+DMDR = dict(gan='none', split=False, ttur=5, couple=1., fake_lora=32, dyna=.5, renoise='beta',
+            rollout='sde')
+RECIPES |= {
+    'sdxl-dmdr': RECIPES['sdxl'] | DMDR | dict(
+        iters=5000, dyna_iters=1000, student_lr=5e-7, fake_lr=5e-7),
+    'sd3-dmdr': RECIPES['sd3'] | DMDR | dict(
+        rollout='ode', batch=192, iters=10_000, dyna_iters=2000, student_lr=1e-6, fake_lr=5e-7),
+    'toy-dmdr': RECIPES['toy'] | DMDR | dict(iters=1000, dyna_iters=200, fake_lr=2e-3)}
 # adapters learn at other rates than whole networks
 LORA_RATES = dict(
     sdxl=dict(student_lr=5e-5, fake_lr=5e-5), toy=dict(student_lr=1e-3, fake_lr=2e-3))
@@ -106,6 +116,14 @@ flag('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) st
 flag('--lora', type=int, default=0, help='rank of adapters on the teacher; 0: train all weights')
 flag('--lora_alpha', type=float, default=0., help='adapters are scaled by this / rank; 0: 2 x rank')
 flag('--lora_targets', default='attention', help="ends of module names, with commas")
+flag('--fake_lora', type=int, default=0,
+     help="DMDR: rank of the fake score's adapters on the teacher, scale 2; 0: as the student")
+flag('--dyna', type=float, default=0., help="DMDR: their scale in the real score at first; 0: off")
+flag('--dyna_iters', type=int, default=0, help='student updates until that is 0, beta uniform')
+flag('--renoise', choices=['uniform', 'beta'], default='uniform',
+     help="noise levels of DM; beta: DMDR's, of the fake score's loss as well")
+flag('--rollout', choices=['sampler', 'sde', 'ode'], default='sampler',
+     help="the student's input: as at inference; DMDR's, its x0 at the step, or the last, noised")
 flag = p.add_argument_group('optimisation').add_argument
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
@@ -154,8 +172,13 @@ if args.check:
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
-           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0,
+           fake_lora=0, dyna=0, dyna_iters=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
+if args.dyna and not args.fake_lora:
+    m.die(f'--dyna {args.dyna} scales adapters of the fake score; give --fake_lora 32 as well')
+if args.fake_lora and args.couple < 1:
+    m.die(f'--couple {args.couple}: adapters of --fake_lora are not coupled; give --couple 1')
 rank, world, device = m.launch(args.timeout + 5)
 if rank == 0:
     print(f'recipe {recipe}: {args.model} -> {args.out}, {world} x {device.type}', flush=True)
@@ -168,7 +191,6 @@ if args.batch % (world * args.micro):
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
 prompts = m.read_prompts(args.prompts)[:8]
-m.check_sources(args)                                       # what is to be fetched, and wandb
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
 for left in out.glob('[!.]*') if args.check and rank == 0 else ():
@@ -176,6 +198,7 @@ for left in out.glob('[!.]*') if args.check and rank == 0 else ():
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
+m.check_sources(args)
 
 # -- data ------------------------------------------------------------------------------------------
 if args.prompts_only:
@@ -197,9 +220,11 @@ pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
-nets = dict(student=base.trainable(lora), fake=base.trainable(lora))
+lora_f = m.lora_config(base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets)
+nets = dict(student=base.trainable(lora), fake=base.trainable(lora_f or lora))
 # adapters begin at random, but at one place: the coupling mixes them
-m.load_trained(nets['fake'], m.trained(nets['student']))
+if not lora_f:
+    m.load_trained(nets['fake'], m.trained(nets['student']))
 gan = args.gan != 'none'
 if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
@@ -211,12 +236,14 @@ if args.grad_checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
 # as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
-# teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP)
+# teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP), and
+# so is a teacher with adapters on it
 how = dict(shard=not lora and (world > 1 or args.cpu_offload), cpu_offload=args.cpu_offload,
            compiled=args.compile)
 student = m.parallel(nets['student'], device, **how)
-fake = m.parallel(nets['fake'], device, **how)
 heads = m.parallel(nets.get('heads'), device, compiled=args.compile)
+how['shard'] = how['shard'] and not lora_f
+fake = m.parallel(nets['fake'], device, **how)
 m.parallel(base.teacher, device, **how)
 if args.compile:
     base.vae.decoder.compile(fullgraph=True, dynamic=False)
@@ -228,7 +255,7 @@ for name, named in weights.items():
         named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'networks: {count:.1f} M trained parameters in the student, {time.time() - began:.1f} s',
+    print(f'networks: {count:.3g} M trained parameters in the student, {time.time() - began:.1f} s',
           flush=True)
 # --------------------------------------------------------------------------------------------------
 
@@ -255,7 +282,8 @@ grid_noise = grid_noise.to(device)
 loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
 if rank == 0:
     print(f'steps {steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}')
-    shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
+    shown = ('cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr fake_lora dyna '
+             'dyna_iters renoise rollout').split()
     print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
 if args.sample_every:
     with torch.compiler.set_stance('force_eager'):
@@ -266,20 +294,31 @@ if args.sample_every:
 def micro_batches(it, rows):
     """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
     random number that an iteration needs, eps_ (b, C, h, w) and times t (b,)."""
-    eps, u = m.draw(args.seed, it, mine, (S + 5, *base.latent_shape))
+    dmdr = args.rollout != 'sampler'
+    eps, u = m.draw(args.seed, it, mine, (S + 5 + dmdr, *base.latent_shape))
     y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
         j = slice(k, k + args.micro)
         normals = eps[j].to(device)
         u_tau, u_adv, u_fake, u_D = u[j].to(device).unbind(1)
-        b = SimpleNamespace(y=[v[j] for v in y], real=rows['pixels'][j].to(device))
+        b = SimpleNamespace(
+            text=rows['text'][j], y=[v[j] for v in y], real=rows['pixels'][j].to(device))
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
-        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:].unbind(1)
+        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real, *b.eps_s = (
+            normals[:, S:].unbind(1))
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
         b.t_fake = schedule.training(u_fake)           # of the fake score's own loss
+        if args.renoise == 'beta':                     # DynaRS: from Beta(4, 1.5) to uniform
+            c = fading(it)
+            b.tau, b.t_fake = (schedule.beta(v, 1 + 3 * c, 1 + .5 * c) for v in (u_tau, u_fake))
         b.t_adv = schedule.between(u_adv, 0, 999)      # of the latent GAN
         b.t_D = schedule.between(u_D, 0, 999)
         yield b
+
+def fading(it):
+    """What is left, 1 to 0 by half a cosine of --dyna_iters student updates, of DMDR's two aids."""
+    share = min(1., it // args.ttur / args.dyna_iters) if args.dyna_iters else 1.
+    return .5 * (1 + math.cos(math.pi * share))
 
 def pick(pool, it, key):
     """One of pool, the same on every rank."""
@@ -337,7 +376,7 @@ for it in range(start, args.iters + 1):
                            ['teacher: ', 'student: '])
     if it > start and (it % args.save_every == 0 or stop):
         # the recipe tells stage 2 and evaluate.py which defaults are theirs
-        facts = dict(base_model=m.settings(args)['model'], recipe=recipe.removesuffix('-dmd2'),
+        facts = dict(base_model=m.settings(args)['model'], recipe=recipe.split('-dm')[0],
                      iteration=it, cfg=args.cfg, t5=args.t5, prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
             out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
@@ -349,19 +388,31 @@ for it in range(start, args.iters + 1):
             group['lr'] = rates[name] * warmed(it)
     learns = it % args.ttur == 0                                  # the student, in this iteration
 
-    # -- one distillation --------------------------------------------------------------------------
+    # -- one distillation: losses ------------------------------------------------------------------
     rows = next(loader)
     log.data.update(rows['trouble'], cut=base.cut(rows['text']))
     batches = list(micro_batches(it, rows))                  # both halves below go through them
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
     l = pick(low, it, 2) if args.split else s
+    # the real score: the teacher's; DynaDG: with the fake score's adapters, at a scale that falls
+    s_r = args.dyna * fading(it)
+    real_score = fake if s_r else base.teacher
     norms = []
     for b in batches:
         with torch.set_grad_enabled(learns):
-            # 1. high noise: the student's sample at its step s
-            x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
+            # 1. high noise: the student's sample at its step s, which the fake score learns, but in
+            # DMDR that of the rollout
+            if args.rollout == 'sampler':
+                x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
+            else:
+                x_s, t_s, b.x0 = m.reach_dmdr(
+                    base, student, steps, b.eps_steps, b.y, s, args.rollout, *b.eps_s)
+                if not (learns or gan):
+                    continue
             x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
+            if args.rollout == 'sampler':
+                b.x0 = x0.detach()
 
             # 2. low noise: finished without gradient, noised to step l, cleaned once with gradient
             z = x0
@@ -377,14 +428,15 @@ for it in range(start, args.iters + 1):
             x = x0.detach().requires_grad_(learns)
             v = z.detach().requires_grad_(learns)
             made = seen(v, it) if gan else v
-            b.x0, b.made = x.detach(), made.detach()
+            b.made = made.detach()
             if not learns:
                 continue                                       # samples are all that is wanted
 
             # distribution matching, eq. 4: g = (f - r) / mean|x0 - r| is the slope of L_DM at x0
             with torch.no_grad():
                 x_tau = schedule.noised(x, b.eps_tau, b.tau)
-                r = base.x0(base.teacher, x_tau, b.tau, b.y, args.cfg)
+                with m.adapters_at(real_score, s_r):
+                    r = base.x0(real_score, x_tau, b.tau, b.y, args.cfg)
                 f = base.x0(fake, x_tau, b.tau, b.y)
                 g = (f - r) / (x - r).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
             L_DM = .5 * F.mse_loss(x, (x - g).detach())
@@ -397,12 +449,13 @@ for it in range(start, args.iters + 1):
 
             L = L_DM + args.gan_weight * L_adv
             d_x, d_v = torch.autograd.grad(L, [x, v], materialize_grads=True)
-            torch.autograd.backward([x0, z], [d_x / n, d_v / n])
         log(f'dm/{int(steps[s])}', L_DM)
         log('grad/dm', norm(d_x))
         if gan:
             log('gan/g', L_adv)
             log('grad/gan', norm(d_v))
+        # -- one distillation: the student ---------------------------------------------------------
+        torch.autograd.backward([x0, z], [d_x / n, d_v / n])
 
     if learns:
         norms.append(m.update(opts['student'], nets['student']))
@@ -410,9 +463,10 @@ for it in range(start, args.iters + 1):
         log('norm/student', norms[0])
         # coupling, eq. 11: psi <- c psi + (1 - c) theta
         with torch.no_grad():
-            for name, psi in weights['fake'].items():
+            for name, psi in weights['fake'].items() if args.couple < 1 else ():
                 psi.lerp_(weights['student'][name], 1 - args.couple)
 
+    # -- one distillation: fake score and discriminator --------------------------------------------
     for b in batches:
             # 4. the fake score learns the student's samples, eq. 6
         x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)

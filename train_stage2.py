@@ -1,7 +1,7 @@
 """
 Flash-DMD, stage 2 (arXiv 2511.20549, eq. 12-13): the distillation of stage 1 goes on, in the same
 lines, and after each of its iterations come --rl_ratio preference updates of the student on noisy
-latents. One preference update:
+latents. One preference update, --rl pairs:
 
     z_s          the student's input at a high-noise step s, by backward simulation; x0 = G(z_s)
     candidates   z_k = alpha' x0 + sigma' eps_k, k = 1..K: the sampler's own next states, at step s'
@@ -10,6 +10,19 @@ latents. One preference update:
                  pickscore...) what the student makes of them in one step, decoded
     loss         -log sigmoid(beta (log p(w) / p_ref(w) - log p(l) / p_ref(l))), p the Gaussian
                  N(alpha' x0, sigma'^2) of that step, p_ref that of the student as stage 2 found it
+
+Two other papers have their RL on this page, beside the same distillation:
+
+    --rl refl    DMDR (2511.13649): relu(goal - reward) of x0's picture, differentiated through VAE
+                 and reward, is summed with the DM loss in every iteration, no alternation
+    --rl grpo    DMDR's policy gradient: K rollouts of a prompt from one z_0; whoever ends in a
+                 picture better than its group's mean gets its own steps made likelier. With
+                 --reward discriminator AdvDMD (2604.28126): the latent GAN's D, which learns the
+                 student's states at every step, is the reward of every state
+
+Of GRPO are left out: the KL to a reference, in whose place DM keeps the student at its teacher;
+several updates of a rollout, and with one update the ratio is 1, so it needs no clip (--clamp is
+one); a group's own deviation, which makes noise as loud as a signal: it is pooled, with a floor.
 
     python train_stage2.py                          # from out/stage1, else from the shipped student
     torchrun --nproc_per_node=8 train_stage2.py     # 8 GPUs, the same result
@@ -20,6 +33,7 @@ Running the same command again resumes. out/stage2 gets what stage 1's folder ha
 
 import argparse
 import faulthandler
+import itertools
 import json
 import math
 import time
@@ -55,7 +69,7 @@ RECIPES = {
         save_every=110, sample_every=110, eval_every=110, log_every=6)}
 # SD3 has no public latent reward, and its first two steps lead to t = 900 and 750, where SNR is
 # .012 and .11 and a preference hardly moves anything: so the third counts as well
-SD3 = dict(reward='pickscore', lrm='', rl_steps='all', beta=100.)
+SD3 = dict(reward=['pickscore'], lrm='', rl_steps='all', beta=100.)
 RECIPES['sd3'] = RECIPES['sdxl'] | SD3 | dict(
     cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
 RECIPES['qwen'] = RECIPES['sdxl'] | SD3 | dict(
@@ -67,10 +81,13 @@ RECIPES['toy-sd3'] = RECIPES['toy'] | SD3 | dict(
 LORA_RATES = dict(
     sdxl=dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5),
     toy=dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4))
+# with --rl grpo, and with AdvDMD's reward, whose paper has no numbers: all of these are ours
+GRPO = dict(rl_ratio=1, rl_steps='all')
+ADVDMD = dict(gan='latent', gan_weight=0., split=False, ttur=2, couple=1.)
 # what stage 1 hands on, if its args.json lies beside the student
 HANDED = ('offload sam data data_files prompts_only image_column text_column data_limit prompts '
           'workers cfg gan gan_weight gan_crop split ttur couple batch micro heads_lr '
-          'grad_checkpointing save_dtype').split()
+          'grad_checkpointing save_dtype fake_lora renoise rollout').split()
 
 p = m.parser(__doc__, RECIPES)
 flag = p.add_argument_group('what is run').add_argument
@@ -112,6 +129,14 @@ flag('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) st
 flag('--lora', type=int, default=0, help='rank of adapters on the teacher; 0: train all weights')
 flag('--lora_alpha', type=float, default=0., help='adapters are scaled by this / rank; 0: 2 x rank')
 flag('--lora_targets', default='attention', help="ends of module names, with commas")
+flag('--fake_lora', type=int, default=0,
+     help="DMDR: rank of the fake score's adapters on the teacher, scale 2; 0: as the student")
+flag('--dyna', type=float, default=0., help="DMDR: their scale in the real score at first; 0: off")
+flag('--dyna_iters', type=int, default=0, help='student updates until that is 0, beta uniform')
+flag('--renoise', choices=['uniform', 'beta'], default='uniform',
+     help="noise levels of DM; beta: DMDR's, of the fake score's loss as well")
+flag('--rollout', choices=['sampler', 'sde', 'ode'], default='sampler',
+     help="the student's input: as at inference; DMDR's, its x0 at the step, or the last, noised")
 flag = p.add_argument_group('optimisation').add_argument
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
@@ -140,8 +165,13 @@ flag('--check', action=yes_no, default=False,
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # -- flags of the preference updates ---------------------------------------------------------------
 flag = p.add_argument_group('preference updates').add_argument
-flag('--reward', choices=['latent', *R.SCORES], default='latent',
-     help='latent: --lrm; else a reward of pictures, its weights as in evaluate.py, or --pickscore')
+flag('--rl', choices=['pairs', 'grpo', 'refl'], default='pairs',
+     help="Flash-DMD's pairs, policy gradient (DMDR, AdvDMD), or a differentiated reward (DMDR)")
+flag('--reward', nargs='+', choices=['latent', 'discriminator', *R.SCORES], default=['latent'],
+     help="latent: --lrm; discriminator: AdvDMD's; else rewards of pictures, weights as in "
+     'evaluate.py, or --pickscore')
+flag('--reward_weight', type=float, nargs='+', default=[1.], help='one for each --reward')
+flag('--goal', type=float, default=.7, help='refl: a reward, as a cosine, above it is enough')
 flag('--lrm', help='latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder')
 flag('--joint', action=yes_no, default=True, help='distil as well; no: preference updates only')
 flag('--rl_ratio', type=int, default=5, help='preference updates after each distillation iteration')
@@ -149,9 +179,9 @@ flag('--rl_steps', choices=['high', 'all'], default='high',
      help='steps s that get them: those that lead to a high-noise step, or all but the last')
 flag('--rl_lr', type=float, help="the student's learning rate in preference updates")
 flag('--rl_prompts', default='', help='text file of their prompts; empty: the captions of --data')
-flag('--candidates', type=int, default=4, help='K, next states drawn from each z_s')
+flag('--candidates', type=int, default=4, help='K, next states of a z_s, or rollouts of a prompt')
 flag('--beta', type=float, default=500., help='sharpness; log p are means over dimensions')
-flag('--clamp', type=float, default=0., help='keep p / p_ref within 1 -+ this, as LPO does; 0: off')
+flag('--clamp', type=float, default=0., help='keep p / p_ref within 1 -+ this; 0: off')
 flag('--critic_warmup', type=int, default=0, help='first iterations for fake score and D, if new')
 flag = p.add_argument_group('evaluations').add_argument
 flag('--eval_every', type=int, default=250, help='iterations between evaluations; 0: none')
@@ -184,6 +214,10 @@ p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     base_lora=origin.get('base_lora') or [],
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
+if chosen.rl == 'grpo':
+    p.set_defaults(**GRPO)
+if chosen.reward == ['discriminator']:
+    p.set_defaults(**ADVDMD)
 if p.get_default('data') != RECIPES[recipe]['data']:
     p.set_defaults(real='', real_files='')
 m.give_way(p, 'data', 'data_files', 'image_column', 'text_column', 'real', 'real_files',
@@ -196,6 +230,18 @@ if args.check:                               # a distillation and a preference u
     args.critic_warmup = 0
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
            rl_lr=0)
+pixels = all(name in R.SCORES for name in args.reward)                       # all are of pictures
+if len(args.reward) > 1 and not pixels:
+    m.die(f'--reward {" ".join(args.reward)}: only rewards of pictures can be added up')
+if len(args.reward) != len(args.reward_weight):
+    m.die(f'--reward_weight {args.reward_weight}: give one for each of --reward {args.reward}')
+if args.rl == 'refl' and not pixels:
+    m.die(f'--reward {args.reward[0]} has no gradient here; give --rl refl one of pictures')
+if 'discriminator' in args.reward and args.gan != 'latent':
+    m.die(f'--reward discriminator: --gan {args.gan} trains none on latents; give --gan latent')
+if args.rl == 'grpo' and args.batch % args.candidates:
+    m.die(f'--batch {args.batch} is not a multiple of --candidates {args.candidates}, the rollouts '
+          'of a prompt; change one of them')
 if args.clamp >= 1:
     m.die(f'--clamp {args.clamp} must be below 1')
 rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
@@ -206,8 +252,13 @@ if args.lora != adapters['rank']:
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
-           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
+           data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0,
+           fake_lora=0, dyna=0, dyna_iters=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
+if args.dyna and not args.fake_lora:
+    m.die(f'--dyna {args.dyna} scales adapters of the fake score; give --fake_lora 32 as well')
+if args.fake_lora and args.couple < 1:
+    m.die(f'--couple {args.couple}: adapters of --fake_lora are not coupled; give --couple 1')
 rank, world, device = m.launch(args.timeout + 5)
 if rank == 0:
     print(f'recipe {recipe}: {args.model} -> {args.out}, {world} x {device.type}', flush=True)
@@ -220,7 +271,6 @@ if args.batch % (world * args.micro):
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
 prompts = m.read_prompts(args.prompts)[:8]
-m.check_sources(args)                                       # what is to be fetched, and wandb
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
 for left in out.glob('[!.]*') if args.check and rank == 0 else ():
@@ -228,6 +278,7 @@ for left in out.glob('[!.]*') if args.check and rank == 0 else ():
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
+m.check_sources(args)
 
 # -- data ------------------------------------------------------------------------------------------
 if args.prompts_only:
@@ -249,9 +300,11 @@ pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
-nets = dict(student=base.trainable(lora), fake=base.trainable(lora))
+lora_f = m.lora_config(base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets)
+nets = dict(student=base.trainable(lora), fake=base.trainable(lora_f or lora))
 # adapters begin at random, but at one place: the coupling mixes them
-m.load_trained(nets['fake'], m.trained(nets['student']))
+if not lora_f:
+    m.load_trained(nets['fake'], m.trained(nets['student']))
 gan = args.gan != 'none'
 if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
@@ -263,12 +316,14 @@ if args.grad_checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
 # as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
-# teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP)
+# teacher with them (FSDP2); adapters and heads are whole on each, gradients averaged (DDP), and
+# so is a teacher with adapters on it
 how = dict(shard=not lora and (world > 1 or args.cpu_offload), cpu_offload=args.cpu_offload,
            compiled=args.compile)
 student = m.parallel(nets['student'], device, **how)
-fake = m.parallel(nets['fake'], device, **how)
 heads = m.parallel(nets.get('heads'), device, compiled=args.compile)
+how['shard'] = how['shard'] and not lora_f
+fake = m.parallel(nets['fake'], device, **how)
 m.parallel(base.teacher, device, **how)
 if args.compile:
     base.vae.decoder.compile(fullgraph=True, dynamic=False)
@@ -280,7 +335,7 @@ for name, named in weights.items():
         named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
 if rank == 0:
     count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'networks: {count:.1f} M trained parameters in the student, {time.time() - began:.1f} s',
+    print(f'networks: {count:.3g} M trained parameters in the student, {time.time() - began:.1f} s',
           flush=True)
 # --------------------------------------------------------------------------------------------------
 
@@ -290,6 +345,9 @@ inherited = m.load_state(inherited, weights, opts, partly=True)
 if 'student' not in inherited:
     m.restore_student(base, nets['student'], folder, lora)
 reference = m.frozen_copy(base, nets['student'], args.compile)
+adversarial = args.rl == 'grpo' and 'discriminator' in args.reward
+if adversarial:              # D's last logits at each level, saved with the state; inf: none as yet
+    weights['logits'] = {x: torch.full((args.steps, 512), math.inf) for x in ('real', 'made')}
 m.load_state(state, weights, opts)
 
 # -- split -----------------------------------------------------------------------------------------
@@ -306,7 +364,10 @@ if args.gan_crop % scale or args.gan_crop > base.size:
     m.die(f'--gan_crop {args.gan_crop} must be a multiple of {scale} up to {base.size}, or 0')
 # --------------------------------------------------------------------------------------------------
 
+levels = torch.cat([steps[1:], steps.new_zeros(1)])         # of the states that the steps lead to
 rl_steps = [k for k in range(S - 1) if args.rl_steps == 'all' or k + 1 in high]
+if args.rl == 'refl':
+    rl_steps = [*range(S)]
 if not rl_steps:
     m.die(f'--rl_steps {args.rl_steps}: none of the steps {steps.long().tolist()} leads to a '
           'high-noise step; use --rl_steps all or more --steps')
@@ -314,10 +375,17 @@ if not rl_steps:
 # and rl_ratio preference updates
 new = [name for name in ('fake', 'heads') if name in nets and name not in inherited]
 alone = args.critic_warmup if new and args.joint else 0
-cycle = args.rl_ratio + 1
+rl = [it >= alone and (it - alone) % (args.rl_ratio + 1) > 0 for it in range(args.iters)]
+if adversarial:
+    # AdvDMD begins with DM: policy updates from a quarter of the run, --rl_ratio of them from half
+    ratios = [args.rl_ratio * min(max(4 * it / args.iters - 1, 0), 1) for it in range(args.iters)]
+    due = [int(x) for x in itertools.accumulate(ratio / (1 + ratio) for ratio in ratios)]
+    rl = [it >= alone and due[it] > due[it - 1] for it in range(args.iters)]
+    if args.check:
+        rl[-1] = True
 
 def distils(it):
-    return args.joint and (it < alone or (it - alone) % cycle == 0)
+    return args.joint and (args.rl == 'refl' or not rl[it])
 
 # --------------------------------------------------------------------------------------------------
 # the reward, and the networks that judge the evaluations
@@ -325,31 +393,51 @@ def distils(it):
 sources = {name: score[1] for name, score in R.SCORES.items()}
 sources |= dict(clip=args.judge, pickscore=args.pickscore)
 wanted = {'clip', 'pickscore'} if args.eval_every else set()
-wanted |= {args.reward} - {'latent'}
+wanted |= {*args.reward} & R.SCORES.keys()
 scorers = {}
 for name in sorted(wanted):
     try:
         scorers[name] = R.SCORES[name][0](sources[name], device)
     except R.Unavailable as error:
-        if name == args.reward:
+        if name in args.reward:
             m.die(f'--reward {name}: {error}')
         if rank == 0:
             print(f'{name}: {error}; evaluations go without')
-if args.reward == 'latent':
+if args.reward == ['latent']:
     lrm = m.load_latent_reward(args.lrm, base)
+
+def of_pictures(x0, prompts):
+    """Each of --reward, (b,), of the pictures of clean latents (b, C, h, w); differentiable."""
+    with base.autocast():
+        x = base.decode(x0).float()
+    x = (x / 2 + .5).clamp(0, 1)
+    return [scorers[name].score(x, prompts) for name in args.reward]
+
+def weighted(rewards):
+    return sum(w * r for w, r in zip(args.reward_weight, rewards))
+
+def refl(x0, prompts):
+    """DMDR's sum over rewards of w relu(goal - r), r a cosine, of clean latents (b, C, h, w)."""
+    L = 0.
+    for name, w, r in zip(args.reward, args.reward_weight, of_pictures(x0, prompts)):
+        log(f'reward/{name}', r.mean())
+        L = L + w * F.relu(args.goal - r / getattr(scorers[name], 'scale', 1)).mean()
+    return L
 
 def reward(z, t, prompts):
     """The reward of noisy latents z (B, C, h, w) at times t (B,): (B,)."""
-    if args.reward == 'latent':
+    if args.reward == ['latent']:
         return lrm(z, t, lrm.encode(prompts))
     y = base.encode(prompts)
+    if args.reward == ['discriminator']:
+        with torch.no_grad():                         # what is learnt from it is the heads' alone
+            *_, bottleneck = base.features(nets['fake'], z, t, y)
+        return heads(bottleneck)[:, 0]
     rewards = []
     for k in range(0, len(z), args.micro):           # each takes 3.2 GB at 1024 px (tests/bench.py)
         j = slice(k, k + args.micro)
         x0 = base.x0(student, z[j], t[j], [v[j] for v in y])
-        with base.autocast():
-            pixels = base.decode(x0).float()
-        rewards.append(scorers[args.reward].score((pixels / 2 + .5).clamp(0, 1), prompts[j]))
+        rewards.append(weighted(of_pictures(x0, prompts[j])))
     return torch.cat(rewards)
 
 # -- pictures to look at ---------------------------------------------------------------------------
@@ -358,14 +446,15 @@ grid_noise = grid_noise.to(device)
 # --------------------------------------------------------------------------------------------------
 
 loader = pictures.batches(
-    mine, args.batch, filter(distils, range(start, args.iters)), args.workers)
+    mine, args.batch, [it for it in range(start, args.iters) if distils(it) or adversarial],
+    args.workers)
 if rank == 0:
     print(f'from {folder}, iteration {origin["iteration"]}; weights and moments of its state: '
           f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
     print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
-    print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
-          f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
-          'discriminator alone')
+    print(f'--rl {args.rl}, reward {args.lrm if args.reward == ["latent"] else args.reward}, '
+          f'preference updates at {[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake '
+          'score and discriminator alone')
 
 # --------------------------------------------------------------------------------------------------
 # evaluations
@@ -383,7 +472,7 @@ if clip and args.eval_every and rank == 0 and (args.real or not args.prompts_onl
     photos = [photos[i]['pixels'][None] / 2 + .5 for i in range(min(512, len(photos.rows)))]
     photos = torch.cat([clip.embed_images(x.to(device)).cpu() for x in photos])           # (n, D)
 # the networks that judge wait in main memory while the run trains, but for one that is the reward
-waiting = [scorer.cpu() for name, scorer in scorers.items() if name != args.reward]
+waiting = [scorer.cpu() for name, scorer in scorers.items() if name not in args.reward]
 
 @torch.no_grad()
 def evaluate(it):
@@ -434,20 +523,31 @@ def evaluate(it):
 def micro_batches(it, rows):
     """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
     random number that an iteration needs, eps_ (b, C, h, w) and times t (b,)."""
-    eps, u = m.draw(args.seed, it, mine, (S + 5, *base.latent_shape))
+    dmdr = args.rollout != 'sampler'
+    eps, u = m.draw(args.seed, it, mine, (S + 5 + dmdr, *base.latent_shape))
     y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
         j = slice(k, k + args.micro)
         normals = eps[j].to(device)
         u_tau, u_adv, u_fake, u_D = u[j].to(device).unbind(1)
-        b = SimpleNamespace(y=[v[j] for v in y], real=rows['pixels'][j].to(device))
+        b = SimpleNamespace(
+            text=rows['text'][j], y=[v[j] for v in y], real=rows['pixels'][j].to(device))
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
-        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:].unbind(1)
+        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real, *b.eps_s = (
+            normals[:, S:].unbind(1))
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
         b.t_fake = schedule.training(u_fake)           # of the fake score's own loss
+        if args.renoise == 'beta':                     # DynaRS: from Beta(4, 1.5) to uniform
+            c = fading(it)
+            b.tau, b.t_fake = (schedule.beta(v, 1 + 3 * c, 1 + .5 * c) for v in (u_tau, u_fake))
         b.t_adv = schedule.between(u_adv, 0, 999)      # of the latent GAN
         b.t_D = schedule.between(u_D, 0, 999)
         yield b
+
+def fading(it):
+    """What is left, 1 to 0 by half a cosine of --dyna_iters student updates, of DMDR's two aids."""
+    share = min(1., it // args.ttur / args.dyna_iters) if args.dyna_iters else 1.
+    return .5 * (1 + math.cos(math.pi * share))
 
 def pick(pool, it, key):
     """One of pool, the same on every rank."""
@@ -490,16 +590,40 @@ def warmed(it):
 
 # --------------------------------------------------------------------------------------------------
 
-def captions(it):
-    """This rank's prompts of a preference update."""
+def captions(it, samples=mine):
+    """The prompts of a preference update, by default this rank's."""
     if rl_prompts is None:
-        return pictures.captions(it * args.batch + i for i in mine)
-    return [pick(rl_prompts, it, 3 + i) for i in mine]
+        return pictures.captions(it * args.batch + i for i in samples)
+    return [pick(rl_prompts, it, 3 + i) for i in samples]
 
 def log_ratio(z, x0, x_ref, a, sigma):
     """log p(z) / p_ref(z) of N(a x0, sigma^2) and N(a x_ref, sigma^2), the mean over dimensions, as
     a product, since the two squares differ in their last digits only: (b, C, h, w) -> (b,)."""
     return (a * (x0 - x_ref) * (z - a * (x0 + x_ref) / 2) / sigma ** 2).mean((1, 2, 3))
+
+def state_after(x0, eps, k):
+    """(z, t), the student's state after its step k: x0 at the next step's noise level, with that
+    step's noise of eps (b, S, C, h, w); after the last as it is, at 0."""
+    t = levels[k].expand(len(x0))
+    return (schedule.noised(x0, eps[:, k + 1], t) if k + 1 < S else x0), t
+
+def of_states(x0, eps, texts):
+    """Rewards (b, S) of the student's states after each of its steps; x0: S clean latents."""
+    states = [state_after(x0[k], eps, k) for k in range(S)]
+    return torch.stack([reward(z, t, texts) for z, t in states], 1)
+
+def auc(real, made):
+    """P(D(real) > D(made)) + P(they are equal) / 2 at each level: (S, N) -> (S,)."""
+    more = real[:, :, None] - made[:, None]
+    return ((more > 0).float() + .5 * (more == 0).float()).mean((1, 2))
+
+def advantages(r, K, floor):
+    """GRPO's, of rewards r (B, J) in groups of K: above the group's mean, over the deviation within
+    groups, of all together, which is at least floor (J,). A group with a NaN has 0."""
+    r = r.double().unflatten(0, (-1, K))                                            # (P, K, J)
+    over = torch.where(r.isfinite().all(1, keepdim=True), r - r.mean(1, keepdim=True), 0.)
+    deviation = over.square().mean((0, 1)).sqrt().maximum(floor).clamp(min=1e-12)
+    return (over / deviation).flatten(0, 1).float()
 
 # --------------------------------------------------------------------------------------------------
 
@@ -533,6 +657,76 @@ for it in range(start, args.iters + 1):
         for group in opt.param_groups:
             group['lr'] = rate * warmed(it)
 
+    if not distils(it) and args.rl == 'grpo':
+        # K rollouts of a prompt from one z_0: sample i has those of the first in its group
+        K = args.candidates
+        firsts = [i - i % K for i in mine]
+        texts = captions(it, firsts)
+        y = base.encode(texts)
+        eps, _ = m.draw(args.seed, it, mine, (2 * S, *base.latent_shape))
+        eps[:, :1], _ = m.draw(args.seed, it, firsts, (1, *base.latent_shape))
+        photos = next(loader) if adversarial else {}
+        log.data.update(photos.get('trouble'), cut=base.cut(texts))
+        rollouts, made, real = [], [], []
+        for i in range(0, len(mine), args.micro):
+            j = slice(i, i + args.micro)
+            b = SimpleNamespace(y=[v[j] for v in y], eps=eps[j, :S].to(device), x=[None])
+            rollouts.append(b)
+            for k in range(S):                             # x[k + 1] is the student's at its step k
+                b.x.append(m.backward_simulation(
+                    base, student, steps, b.eps, b.y, k, k + 1, b.x[k]))
+            if pixels:                                               # of the finished picture alone
+                r = weighted(of_pictures(b.x[S], texts[j]))[:, None]
+            else:
+                r = of_states(b.x[1:], b.eps, texts[j])                                   # (b, S)
+            made.append(r.detach().cpu())
+            if adversarial:                 # D scores all of this before it learns any of it, below
+                x = base.latents(photos['pixels'][j].to(device))
+                at_real = of_states([x] * S, eps[j, S:].to(device), photos['text'][j])
+                L_D = F.softplus(-at_real).mean() + F.softplus(r).mean()
+                (L_D / n).backward()
+                log('gan/d', L_D)
+                real.append(at_real.detach().cpu())
+
+        # a group's scores may come from several ranks
+        r = torch.cat(m.gathered(torch.cat(made)))                                    # (B, S or 1)
+        last = [r.T]
+        if adversarial:
+            at_real = torch.cat(m.gathered(torch.cat(real)))
+            for kept, new in zip(weights['logits'].values(), (at_real, r)):
+                kept.copy_(torch.cat([kept, new.T], 1)[:, -512:])
+            last = [*weights['logits'].values()]
+        last = [x[:, x.isfinite().all(0)] for x in last]                               # (S or 1, N)
+        A = advantages(r, K, .1 * torch.cat(last, 1).std(1).nan_to_num())
+        if adversarial:
+            # a level where D cannot tell, or always can, has nothing to teach
+            share = auc(*last)
+            A = A * ((.55 < share) & (share < .98))
+            for k in range(S):
+                log(f'auc/{int(levels[k])}', share[k])
+        # to go: what a step can have brought about is what the states after it are worth
+        R = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)          # (B, S)
+        norms = []
+        for b, R_b in zip(rollouts, R[mine].to(device).split(args.micro)):
+            for k in rl_steps if R.any() else ():        # without a gradient not even moments move
+                z, t = m.at_step(base, steps, b.eps, k, b.x[k])
+                x0 = base.x0(student, z, t, b.y)                                    # (b, C, h, w)
+                z, t = state_after(b.x[k + 1], b.eps, k)
+                ratio = log_ratio(z, x0, b.x[k + 1], schedule.alpha(t), schedule.sigma(t)).exp()
+                L = -ratio * R_b[:, k]
+                if args.clamp:
+                    inside = ratio.clamp(1 - args.clamp, 1 + args.clamp)
+                    L = L.maximum(-inside * R_b[:, k])
+                (L.mean() / (n * len(rl_steps))).backward()
+                log('rl/ratio', ratio.mean())
+        for name in ['student', 'heads'] if adversarial else ['student']:
+            norms.append(m.update(opts[name], nets[name]))
+        log('rl/advantage', R.abs().mean())
+        log('reward/states', r.nanmean())
+        log.count(it, norms)
+        log.write(it + 1)
+        continue
+
     if not distils(it):
         # one preference update of the student, from step s to the next one, s'
         s = pick(rl_steps, it, 1)
@@ -548,6 +742,9 @@ for it in range(start, args.iters + 1):
             eps_steps, eps_next = eps[j].to(device).split([S, args.candidates], 1)
             z_s, t_s = m.reach(base, student, steps, eps_steps, y_j, s)
             x0 = base.x0(student, z_s, t_s, y_j)                                    # (b, C, h, w)
+            if args.rl == 'refl':                                  # --no-joint: the reward alone
+                (refl(x0, texts[j]) / n).backward()
+                continue
             with torch.no_grad():
                 x_ref = base.x0(reference, z_s, t_s, y_j)
                 z = a * x0[:, None] + sigma * eps_next                           # (b, K, C, h, w)
@@ -579,21 +776,33 @@ for it in range(start, args.iters + 1):
         continue
 
     # the student learns in this iteration
-    learns = it >= alone and (it - alone) // cycle % args.ttur == 0
+    learns = it >= alone and sum(map(distils, range(alone, it))) % args.ttur == 0
 
-    # -- one distillation --------------------------------------------------------------------------
+    # -- one distillation: losses ------------------------------------------------------------------
     rows = next(loader)
     log.data.update(rows['trouble'], cut=base.cut(rows['text']))
     batches = list(micro_batches(it, rows))                  # both halves below go through them
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
     l = pick(low, it, 2) if args.split else s
+    # the real score: the teacher's; DynaDG: with the fake score's adapters, at a scale that falls
+    s_r = args.dyna * fading(it)
+    real_score = fake if s_r else base.teacher
     norms = []
     for b in batches:
         with torch.set_grad_enabled(learns):
-            # 1. high noise: the student's sample at its step s
-            x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
+            # 1. high noise: the student's sample at its step s, which the fake score learns, but in
+            # DMDR that of the rollout
+            if args.rollout == 'sampler':
+                x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
+            else:
+                x_s, t_s, b.x0 = m.reach_dmdr(
+                    base, student, steps, b.eps_steps, b.y, s, args.rollout, *b.eps_s)
+                if not (learns or gan):
+                    continue
             x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
+            if args.rollout == 'sampler':
+                b.x0 = x0.detach()
 
             # 2. low noise: finished without gradient, noised to step l, cleaned once with gradient
             z = x0
@@ -609,14 +818,15 @@ for it in range(start, args.iters + 1):
             x = x0.detach().requires_grad_(learns)
             v = z.detach().requires_grad_(learns)
             made = seen(v, it) if gan else v
-            b.x0, b.made = x.detach(), made.detach()
+            b.made = made.detach()
             if not learns:
                 continue                                       # samples are all that is wanted
 
             # distribution matching, eq. 4: g = (f - r) / mean|x0 - r| is the slope of L_DM at x0
             with torch.no_grad():
                 x_tau = schedule.noised(x, b.eps_tau, b.tau)
-                r = base.x0(base.teacher, x_tau, b.tau, b.y, args.cfg)
+                with m.adapters_at(real_score, s_r):
+                    r = base.x0(real_score, x_tau, b.tau, b.y, args.cfg)
                 f = base.x0(fake, x_tau, b.tau, b.y)
                 g = (f - r) / (x - r).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
             L_DM = .5 * F.mse_loss(x, (x - g).detach())
@@ -629,12 +839,21 @@ for it in range(start, args.iters + 1):
 
             L = L_DM + args.gan_weight * L_adv
             d_x, d_v = torch.autograd.grad(L, [x, v], materialize_grads=True)
-            torch.autograd.backward([x0, z], [d_x / n, d_v / n])
         log(f'dm/{int(steps[s])}', L_DM)
         log('grad/dm', norm(d_x))
         if gan:
             log('gan/g', L_adv)
             log('grad/gan', norm(d_v))
+        # ------------------------------------------------------------------------------------------
+
+        if args.rl == 'refl':
+            # DMDR's ReFL: the reward of x0, differentiated, is summed with the DM loss
+            d_R, = torch.autograd.grad(refl(x, b.text), [x])
+            d_x = d_x + d_R
+            log('grad/reward', norm(d_R))
+
+        # -- one distillation: the student ---------------------------------------------------------
+        torch.autograd.backward([x0, z], [d_x / n, d_v / n])
 
     if learns:
         norms.append(m.update(opts['student'], nets['student']))
@@ -642,9 +861,16 @@ for it in range(start, args.iters + 1):
         log('norm/student', norms[0])
         # coupling, eq. 11: psi <- c psi + (1 - c) theta
         with torch.no_grad():
-            for name, psi in weights['fake'].items():
+            for name, psi in weights['fake'].items() if args.couple < 1 else ():
                 psi.lerp_(weights['student'][name], 1 - args.couple)
 
+    # ----------------------------------------------------------------------------------------------
+
+    # AdvDMD: D learns the student's states, each at the noise level to which its step leads
+    for b in batches if 'discriminator' in args.reward else ():
+        b.t_D = levels[l if args.split else s].expand_as(b.t_D)
+
+    # -- one distillation: fake score and discriminator --------------------------------------------
     for b in batches:
             # 4. the fake score learns the student's samples, eq. 6
         x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)

@@ -559,7 +559,8 @@ def test_another_run_is_refused(change, says, group, tmp_path, capsys):
 def test_changed_settings_are_told_and_a_finished_run_is_no_error(group, tmp_path, capsys):
     save(tmp_path, 30, *pieces()[1:])
     m.find_state(tmp_path, settings(batch=8))
-    assert capsys.readouterr().out == '--batch is 8 now, was 4\n'
+    assert capsys.readouterr().out.splitlines() == [
+        f'resuming {tmp_path}/state-0000030, of iteration 30', '--batch is 8 now, was 4']
     with pytest.raises(SystemExit) as stop:
         m.find_state(tmp_path, settings(iters=30))
     assert not stop.value.code

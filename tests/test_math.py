@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import (
-    DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler)
+    DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler)
 from safetensors.torch import save_file
 from torch.distributions import Normal
 
@@ -126,6 +126,46 @@ def test_noise_depends_on_seed_iteration_and_sample_only():
     assert abs(whole.mean()) < .2
     assert abs(whole.std() - 1) < .1
     assert 0 <= u.min() and u.max() < 1
+
+@pytest.mark.parametrize('c', [1, .8536, .5, .1464, 0])
+def test_dmdrs_times_are_beta(c):
+    """Means .727, .714, .667, .573, .5 of a = 1 + 3 c, b = 1 + c / 2, and the spread; the last is
+    uniform. No shift for a flow, whole times below 1000 for a table."""
+    a, b = 1 + 3 * c, 1 + .5 * c
+    u = (torch.arange(20_000).double() + .5) / 20_000
+    t = FLOW.beta(u, a, b) / 1000
+    assert abs(t.mean() - a / (a + b)) < 1e-5
+    assert abs(t.var() - a * b / (a + b) ** 2 / (a + b + 1)) < 1e-5
+    if c == 0:
+        assert torch.allclose(t, u)
+    table = EPS.beta(u, a, b)
+    assert torch.equal(table, (1000 * t).round().clamp(max=999))
+
+@pytest.mark.parametrize('schedule, reference', [
+    (EPS, DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing='trailing')),
+    (FLOW, FlowMatchEulerDiscreteScheduler(shift=3.))])
+def test_dmdrs_inputs(schedule, reference):
+    """ode: the end of diffusers' DDIM or Euler, noised to step s; sde: the x0 of step s itself; at
+    the first step both are pure noise."""
+    net = Fake(lambda x, t, y: torch.tanh(x) + .1 * t.view(-1, 1, 1, 1) / 1000)
+    base, steps, noise, eps = bare(schedule=schedule), schedule.steps(4), normal(2, 4, 4, 8, 8), \
+        normal(2, 4, 8, 8, seed=1)
+    if schedule is FLOW:
+        reference.set_timesteps(sigmas=[1, .75, .5, .25])
+    else:
+        reference.set_timesteps(4)
+        assert reference.timesteps.tolist() == steps.tolist()
+    x = noise[:, 0]
+    for t in reference.timesteps:
+        x = reference.step(net.answer(x, t.expand(2), None), t, x).prev_sample
+    x_s, t_s, sample = m.reach_dmdr(base, net, steps, noise, Y, 2, 'ode', eps)
+    assert torch.allclose(sample, x, atol=2e-3 * x.abs().max())
+    assert torch.equal(x_s, schedule.noised(sample, eps, t_s)) and int(t_s[0]) == int(steps[2])
+    x_s, t_s, sample = m.reach_dmdr(base, net, steps, noise, Y, 2, 'sde', eps)
+    assert torch.equal(sample, base.x0(net, *m.reach(base, net, steps, noise, Y, 2), Y))
+    assert torch.equal(x_s, schedule.noised(sample, eps, t_s))
+    for rollout in ('ode', 'sde'):
+        assert torch.equal(m.reach_dmdr(base, net, steps, noise, Y, 0, rollout, eps)[0], eps)
 
 # --------------------------------------------------------------------------------------------------
 # backward simulation, guidance, updates
@@ -248,18 +288,19 @@ def state_of(out, it, nets, **args):
 
 def iteration(script, out, it, nets, *flags):
     """One iteration of a script at learning rate 0 from these networks: its log line and, for each
-    network, {name: weight} and {name: gradient after clipping} of the state that it leaves."""
+    network, {name: weight} and {name: gradient after clipping} of the state that it leaves; the
+    names on its page."""
     rest = dict(rl_ratio=5) if script == 'train_stage2.py' else {}
     model = flags[flags.index('--model') + 1]
     state_of(out, it, nets, model=model, **rest)
     more = ['--rl_lr', 0, '--eval_every', 0, '--critic_warmup', 0] if rest else []
     done = inside(
-        script, *flags, *more, '--out', out, '--iters', it + 1, '--batch', BATCH, '--micro', 2,
-        '--cfg', CFG, '--gan_weight', WEIGHT, '--student_lr', 0, '--fake_lr', 0, '--heads_lr', 0,
-        '--warmup', 0, '--cooldown', 0, '--workers', 0, '--sample_every', 0, '--log_every', 1)
+        script, *more, '--out', out, '--iters', it + 1, '--batch', BATCH, '--micro', 2, '--cfg',
+        CFG, '--gan_weight', WEIGHT, '--student_lr', 0, '--fake_lr', 0, '--heads_lr', 0, '--warmup',
+        0, '--cooldown', 0, '--workers', 0, '--sample_every', 0, '--log_every', 1, *flags)
     assert done.returncode == 0, done.stderr
     row, = rows(out)
-    after = {name: {} for name in nets}
+    after = {name: {} for name in [*nets, 'logits']}
     grads = {name: {} for name in nets}
     for key, value in weights(out, it + 1).items():
         net, kind, name = key.replace('/', '.', 1).split('.', 2)
@@ -267,7 +308,7 @@ def iteration(script, out, it, nets, *flags):
             after[net][name] = value
         if kind == 'exp_avg':
             grads[net][name] = value / (1 - .9)
-    return row, after, grads
+    return row, after, grads, done.page
 
 def samples(base, seed, it):
     """The pictures and captions of iteration `it`."""
@@ -294,6 +335,12 @@ def assert_same_gradient(found, expected):
     clip = min(1., 1 / (size + 1e-6))
     rest = {name: found[name] - clip * expected[name] for name in found}
     assert length(rest) < 1e-3 * clip * size, f'off by {length(rest) / clip / size:.1e} of it'
+
+def G(base, net, x, t, y):
+    """The student's x0."""
+    a, sd = base.schedule.alpha(t), base.schedule.sigma(t)
+    out = base.predict(net, x, t, y)
+    return x - sd * out if base.schedule.kind == 'flow' else (x - sd * out) / a
 
 def algorithm_1(base, nets, s, it, seed, gan, split, couple, side):
     """The losses of an iteration in one piece, from the paper, at the student's step s; the random
@@ -327,22 +374,18 @@ def algorithm_1(base, nets, s, it, seed, gan, split, couple, side):
         out = out.double()
         return -(x + alpha(t) * out if flow else out) / sigma(t)
 
-    def G(x, t):
-        out = base.predict(student, x, t, y)
-        return x - sigma(t) * out if flow else (x - sigma(t) * out) / alpha(t)
-
     # the student's input at step s, its x0, and for the GAN what it makes of that at low noise
     with torch.no_grad():
         x = eps[0]
         for k in range(s):
-            x = noised(G(x, at[k]), eps[k + 1], at[k + 1])
-    x0 = z = G(x, at[s])
+            x = noised(G(base, student, x, at[k], y), eps[k + 1], at[k + 1])
+    x0 = z = G(base, student, x, at[s], y)
     if gan != 'none' and split:
         with torch.no_grad():
             end = x0
             for k in range(s + 1, 4):
-                end = G(noised(end, eps[k], at[k]), at[k])
-        z = G(noised(end, low_eps, at[3]), at[3])               # one step of four is at low noise
+                end = G(base, student, noised(end, eps[k], at[k]), at[k], y)
+        z = G(base, student, noised(end, low_eps, at[3]), at[3], y)   # one step of four is at low noise
 
     # eq. 3 and 4
     with torch.no_grad():
@@ -431,7 +474,7 @@ def test_the_gradients_of_an_iteration_are_the_papers(case, tmp_path):
         nets['heads'] = m.Head(base.channels(base.teacher)[-1])
     it = 6 if script == 'train_stage2.py' else 1         # stage 2 distils in every sixth iteration
     where = ['--init', 'assets/toy/student'] if it == 6 else ['--lora', rank]
-    row, after, grads = iteration(
+    row, after, grads, _ = iteration(
         script, tmp_path / 'run', it, nets, *where, '--recipe', 'toy-sd3' if name == 'sd3' else
         'toy', '--model', f'assets/toy/{name}', '--seed', seed, '--gan', gan,
         '--split' if split else '--no-split', '--couple', couple, '--gan_crop', side)
@@ -446,6 +489,94 @@ def test_the_gradients_of_an_iteration_are_the_papers(case, tmp_path):
     losses[f'dm/{steps[s]}'] = losses.pop('dm')
     for key, value in losses.items():
         assert abs(row[key] - value) < 1e-3 * abs(value) + 1e-6, key
+
+def merged(base, net, scale):
+    """The teacher with scale x B A of net's adapters added to its weights."""
+    whole, own = copy.deepcopy(base.teacher), dict(net.named_parameters())
+    with torch.no_grad():
+        for name, A in own.items():
+            if '.lora_A.' in name:
+                B = own[name.replace('.lora_A.', '.lora_B.')]
+                whole.get_submodule(name.split('.lora_A.')[0]).weight += scale * B @ A
+    return whole
+
+DYNA = {             # family, --lora, --rollout, updates of 8 so far, --dyna, --cfg, adapters moved
+    'half-way': ('sdxl', 0, 'sde', 4, .5, 3., True),
+    'over': ('sd3', 4, 'ode', 8, .5, 3., True),
+    'guidance-alone': ('sdxl', 0, 'ode', 0, .5, 3., False),
+    'untrained': ('sd3', 4, 'sde', 0, .5, 1., False),
+    'same-scale': ('sd3', 4, 'sde', 0, 2., 1., True)}
+
+@pytest.mark.parametrize('case', DYNA)
+def test_the_gradients_of_dmdrs_cold_start(case, tmp_path):
+    """The fake score has 2 B A, the real one s_r B A on the teacher; of the DM gradient this leaves
+    exactly 0 without guidance where B is 0 or the scales are the same, guidance alone where B is 0,
+    the plain teacher in the end. Times are Beta's; the fake score learns the rollout's sample."""
+    name, rank, rollout, k, dyna, cfg, trained = DYNA[case]
+    base = family(name)
+    alpha, sigma = base.schedule.alpha, base.schedule.sigma
+    torch.manual_seed(0)
+    lora = m.lora_config(base.teacher, rank, 2. * rank, 'attention')
+    lora_f = m.lora_config(base.teacher, 6, 12., 'attention')
+    nets = dict(student=moved(base.trainable(lora), 0), fake=base.trainable(lora_f))
+    if trained:
+        moved(nets['fake'], 1, .5)
+    it, seed = 2 * k, 3
+    row, after, grads, _ = iteration(
+        'train_stage1.py', tmp_path / 'run', it, nets, '--recipe', 'toy-dmdr', '--model',
+        f'assets/toy/{name}', '--seed', seed, '--lora', rank, '--fake_lora', 6, '--ttur', 2,
+        '--dyna', dyna, '--dyna_iters', 8, '--cfg', cfg, '--rollout', rollout)
+    for net in nets:
+        assert all(torch.equal(after[net][k], w) for k, w in m.trained(nets[net]).items())
+    steps = base.schedule.steps(4)
+    s, = [k for k in range(4) if f'dm/{int(steps[k])}' in row]
+    eps, u = m.draw(seed, it, range(BATCH), (10, *base.latent_shape))
+    y = base.encode(samples(base, seed, it)[1])
+    at = steps[:, None].expand(4, BATCH)
+    student = nets['student']
+
+    # the rollout, the student's input at step s and its sample there
+    with torch.no_grad():
+        x = eps[:, 0]
+        for j in range(4 if rollout == 'ode' else s + 1):
+            seen = G(base, student, x, at[j], y)
+            left = (x - alpha(at[j]) * seen) / sigma(at[j])
+            if j < 3:
+                noise = left if rollout == 'ode' else eps[:, j + 1]
+                x = alpha(at[j + 1]) * seen + sigma(at[j + 1]) * noise
+    x = alpha(at[s]) * seen + sigma(at[s]) * eps[:, 9] if s else eps[:, 9]
+    x0 = G(base, student, x, at[s], y)
+
+    # times by the inverse of Beta's distribution, which is found by bisection
+    c = (1 + math.cos(math.pi * k / 8)) / 2
+    a, b = 1 + 3 * c, 1 + c / 2
+    grid = torch.linspace(0, 1, 2_000_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(grid ** (a - 1) * (1 - grid) ** (b - 1), grid)
+    tau, t = (1000 * grid[torch.searchsorted(mass / mass[-1], v.double())] for v in u[:, [0, 2]].T)
+    if name == 'sdxl':
+        tau, t = tau.round().clamp(max=999), t.round().clamp(max=999)
+
+    # eq. 3 and 4 with both scores from merged weights
+    real, fake = merged(base, nets['fake'], dyna * c), merged(base, nets['fake'], 2.)
+    with torch.no_grad():
+        x_tau = alpha(tau) * x0 + sigma(tau) * eps[:, 4]
+        uncond = [a.expand_as(b) for a, b in zip(base.uncond, y)]
+        cond = G(base, real, x_tau, tau, y)
+        r = G(base, real, x_tau, tau, uncond)
+        r = r + cfg * (cond - r)
+        push = (G(base, fake, x_tau, tau, y) - r) / (x0 - r).abs().mean((1, 2, 3), keepdim=True)
+    if cfg == 1:
+        assert row['grad/dm'] == 0 and not any(g.any() for g in grads['student'].values())
+    else:
+        assert_same_gradient(grads['student'], gradient((push * x0).mean(), student))
+        assert abs(row[f'dm/{int(steps[s])}'] - .5 * push.square().mean()) < 1e-3
+    if not trained:                                  # there guidance is all that is in it
+        assert torch.allclose(r - G(base, fake, x_tau, tau, y), (cfg - 1) * (
+            cond - G(base, base.teacher, x_tau, tau, uncond)), atol=1e-3)
+    noisy = base.schedule.noised(seen, eps[:, 7], t)
+    out = base.predict(nets['fake'], noisy, t, y)
+    loss = (out - base.schedule.target(seen, eps[:, 7], t)).square().mean()
+    assert_same_gradient(grads['fake'], gradient(loss, nets['fake']))
 
 PAIRS = {                                                # family, seed, --reward, --clamp, --beta
     'latent': ('sdxl', 1, 'latent', 0., 10.),
@@ -490,7 +621,7 @@ def test_the_gradient_of_a_preference_update_is_the_papers(case, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(m.LatentReward, 'forward', spoilt)
-        row, after, grads = iteration(
+        row, after, grads, _ = iteration(
             'train_stage2.py', tmp_path / 'run', it, nets, '--init', tmp_path / 'init', '--recipe',
             'toy-sd3' if name == 'sd3' else 'toy', '--model', f'assets/toy/{name}', '--reward',
             kind, '--no-joint', '--gan', 'none', '--seed', seed, '--rl_steps', 'all',
@@ -552,6 +683,164 @@ def test_the_gradient_of_a_preference_update_is_the_papers(case, tmp_path, monke
             'rl/loss': L.mean(), 'rl/ratio': H.exp().mean(), 'rl/unsound': 1 - sound.mean(),
             'rl/gap': (r.amax(1) - r.amin(1)).mean(), f'reward/{int(steps[s])}': r.mean()}.items():
         assert abs(row[key] - value) < 1e-3 * abs(value) + 1e-6, key
+
+def parts_of_stage_2(name, gan, folder):
+    """A base, its student and fake score, both with adapters, heads, and the student on the disk,
+    from which stage 2 begins."""
+    base = family(name)
+    lora = m.lora_config(base.teacher, 4, 8., 'attention')
+    torch.manual_seed(0)
+    student = moved(base.trainable(lora), 0)
+    facts = dict(base_model=f'assets/toy/{name}', recipe='toy', iteration=9, prompts=['a star'],
+                 steps=[])
+    folder.mkdir()
+    nets = dict(student=student, fake=moved(copy.deepcopy(student), 1, 1.))
+    if gan == 'latent':
+        nets['heads'] = m.Head(base.channels(base.teacher)[-1])
+    return base, lora, nets, facts
+
+GROUPS = {        # family, --reward, --steps, --seed, by how much D favours real pictures
+    'sd3-pickscore': ('sd3', 'pickscore', 2, 2, 0.),
+    'discriminator': ('sdxl', 'discriminator', 4, 5, 0.),
+    'constant': ('sdxl', 'discriminator', 4, 5, None)}
+
+@pytest.mark.parametrize('case', GROUPS)
+def test_the_gradient_of_a_policy_update(case, tmp_path):
+    """GRPO's at x0 is -R alpha' n / (sigma' D) where the next state is alpha' x0 + sigma' n: the
+    ratio is exactly 1 and its slope that of log p, in float64. R is the mean of what is to come,
+    each state's reward over its group's mean, by the pooled deviation. The heads learn from the
+    same logits and the fake score from nothing; a D that is constant moves no bit of the student,
+    its moments neither."""
+    name, kind, S, seed, side = GROUPS[case]
+    constant = case == 'constant'
+    pixels = kind == 'pickscore'
+    gan = 'none' if pixels else 'latent'
+    base, lora, nets, facts = parts_of_stage_2(name, gan, tmp_path / 'init')
+    schedule, it, K = base.schedule, 1, 2
+    steps = schedule.steps(S)
+    with alone():
+        m.save_student(tmp_path / 'init/student', base, nets['student'], steps, 'float32', facts,
+                       lora)
+    if constant:
+        nn.init.zeros_(nets['heads'][-1].weight)
+    kept = {}
+    if not pixels:
+        kept['logits'] = nn.ParameterDict(
+            {x: torch.full((S, 512), math.inf) for x in ('real', 'made')})
+    row, after, grads, page = iteration(
+        'train_stage2.py', tmp_path / 'run', it, nets | kept, '--init', tmp_path / 'init',
+        '--recipe', 'toy-sd3' if name == 'sd3' else 'toy', '--model', f'assets/toy/{name}', '--rl',
+        'grpo', '--reward', kind, '--no-joint', '--gan', gan, '--seed', seed, '--candidates', K,
+        '--no-split', '--couple', 1)
+    for net in nets:
+        assert all(torch.equal(after[net][k], w) for k, w in m.trained(nets[net]).items())
+    assert not grads['fake']
+
+    # rollouts; samples 0 and 1 are a group, 2 and 3 another: one prompt, one first noise
+    eps, _ = m.draw(seed, it, range(BATCH), (2 * S, *base.latent_shape))
+    eps[1::2, 0] = eps[::2, 0]
+    real, captions = samples(base, seed, it)
+    texts = [captions[i - i % K] for i in range(BATCH)]
+    y = base.encode(texts)
+    student = nets['student']
+    at = [*steps[:, None].expand(S, BATCH), torch.zeros(BATCH)]
+    z, x = [eps[:, 0]], []
+    with torch.no_grad():
+        for k in range(S):
+            x.append(base.x0(student, z[k], at[k], y))
+            z.append(schedule.noised(x[k], eps[:, k + 1], at[k + 1]) if k + 1 < S else x[k])
+
+    def D(z, t, texts):
+        return nets['heads'](base.features(nets['fake'], z, t, base.encode(texts))[-1])[:, 0]
+
+    if pixels:
+        from rewards import PickScore
+        judge = PickScore(str(ROOT / 'assets/toy/pickscore'))
+        with torch.no_grad():
+            r = judge.score((base.decode(z[S]) / 2 + .5).clamp(0, 1), texts)[:, None]
+        spread, sound = r.std(0), T([True])
+    else:
+        clean = base.latents(real)
+        levels = range(1, S + 1)
+        photos = [schedule.noised(clean, eps[:, S + k], at[k]) if k < S else clean for k in levels]
+        r = torch.stack([D(z[k], at[k], texts) for k in levels], 1)
+        r_real = torch.stack([D(photos[k - 1], at[k], captions) for k in levels], 1)
+        if not constant:
+            loss = F.softplus(-r_real).mean() + F.softplus(r).mean()
+            assert_same_gradient(grads['heads'], gradient(loss, nets['heads']))
+        r, r_real = r.detach(), r_real.detach()
+        more = (r_real[:, None] > r).double() + .5 * (r_real[:, None] == r)
+        share = more.mean((0, 1))
+        assert torch.allclose(share, T([row[f'auc/{int(t[0])}'] for t in at[1:]]).double())
+        sound = (.55 < share) & (share < .98)
+        assert constant or 0 < sound.sum() < S
+        assert torch.allclose(after['logits']['real'][:, -BATCH:], r_real.T, atol=1e-5)
+        assert after['logits']['made'][:, :-BATCH].isinf().all()
+        spread = torch.cat([r_real, r]).std(0)
+    if constant:
+        assert row['rl/advantage'] == 0 and not sound.any()
+        assert not grads['student'] and 'rl/ratio' not in row
+        return
+    over = torch.cat([g - g.mean(0) for g in r.double().split(K)])
+    A = over / torch.maximum(over.square().mean(0).sqrt(), .1 * spread.double()) * sound
+    assert abs(A.unflatten(0, (-1, K)).sum(1)).max() < 1e-12
+    assert row['rl/ratio'] == 1
+    loss = 0.
+    for k in range(S - 1):
+        x0 = base.x0(student, z[k], at[k], y)
+        R = A[:, -1] if pixels else A[:, k:].mean(1)
+        assert R.abs().max() < 5
+        a, sd = schedule.alpha(at[k + 1]).double(), schedule.sigma(at[k + 1]).double()
+        slope = -R.view(-1, 1, 1, 1) * a * eps[:, k + 1] / (sd * x0[0].numel())
+        loss = loss + (slope * x0).sum() / (BATCH * (S - 1))
+    assert_same_gradient(grads['student'], gradient(loss, student))
+
+    # the advantages by themselves: one member has none, a NaN silences its group alone
+    advantages = page['advantages']
+    assert not advantages(r, 1, T(0.)).any()
+    spoilt = torch.cat([r, r])
+    spoilt[0, 0] = math.nan
+    assert not advantages(spoilt, K, T(0.))[:K, 0].any()
+    assert advantages(spoilt, K, T(0.))[K:, 0].any()
+    assert not advantages(torch.full((4, 1), .1), K, T(0.)).any()
+    assert torch.allclose(advantages(r, K, T(9.)).double(), over / 9)
+
+    # a linear D = <w, z>: what makes its states likelier moves them along w
+    w, n = normal(64), normal(8000, 64, seed=1)
+    along = advantages((n @ w)[:, None], K, T(0.)).T @ n
+    assert F.cosine_similarity(along[0], w, dim=0) > .95
+
+def test_the_gradient_of_refl(tmp_path):
+    """DMDR's: that of DM plus the weighted sum of relu(goal - cosine), through the VAE; a picture
+    that is good enough adds nothing."""
+    from rewards import Clip, PickScore
+    base, lora, nets, facts = parts_of_stage_2('sdxl', 'none', tmp_path / 'init')
+    steps, it, seed, goal, each = base.schedule.steps(4), 1, 4, .68, (3., 4.)
+    with alone():
+        m.save_student(tmp_path / 'init/student', base, nets['student'], steps, 'float32', facts,
+                       lora)
+    row, after, grads, _ = iteration(
+        'train_stage2.py', tmp_path / 'run', it, nets, '--init', tmp_path / 'init', '--recipe',
+        'toy', '--model', 'assets/toy/sdxl', '--rl', 'refl', '--reward', 'pickscore', 'clip',
+        '--reward_weight', *each, '--goal', goal, '--gan', 'none', '--seed', seed, '--couple', 1)
+    s, = [k for k in range(4) if f'dm/{int(steps[k])}' in row]
+    expected, _ = algorithm_1(base, nets, s, it, seed, 'none', True, 1., 0)
+    eps, _ = m.draw(seed, it, range(BATCH), (9, *base.latent_shape))
+    texts = samples(base, seed, it)[1]
+    y = base.encode(texts)
+    x0 = base.x0(nets['student'], *m.reach(
+        base, nets['student'], steps, eps[:, :4], y, s), y)
+    pixels = (base.decode(x0) / 2 + .5).clamp(0, 1)
+    cosines = [PickScore(str(ROOT / 'assets/toy/pickscore')).score(pixels, texts),
+               Clip(str(ROOT / 'assets/toy/clip')).score(pixels, texts) / 100]
+    assert 0 < sum((r > goal).sum() for r in cosines) < 2 * BATCH
+    loss = sum(w * (goal - r).clamp(min=0).mean() for w, r in zip(each, cosines))
+    pull = gradient(loss, nets['student'])
+    assert length(pull) > .1 * length(expected['student'])
+    total = {k: g + pull[k] for k, g in expected['student'].items()}
+    assert_same_gradient(grads['student'], total)
+    assert_same_gradient(grads['fake'], expected['fake'])
+    assert abs(row['reward/pickscore'] - cosines[0].mean()) < 1e-4
 
 # --------------------------------------------------------------------------------------------------
 # SAM discriminator

@@ -250,6 +250,10 @@ def sharded(rank, folder):
     maps = base.features(net, leaf, t, y)
     torch.autograd.grad(maps[-1].mean(), [leaf])
     assert all_sharded()
+    with torch.no_grad():
+        again = base.features(net, x, t, y)
+    assert all_sharded()
+    assert torch.equal(again[-1], maps[-1])
     assert set(times) == {999., 749.}
     # gradients and moments are shares as well, and the coupling goes from share to share
     opt = torch.optim.AdamW(net.parameters(), lr=0., fused=True)

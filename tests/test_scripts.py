@@ -220,18 +220,24 @@ def test_every_recipe_has_a_folder_of_its_own():
     (['--recipe', 'toy-dmd2'], '--gan latent --gan_weight 0.005 --split False --ttur 5 --couple 1'),
     (['--gan', 'latent'], '--gan latent --gan_weight 0.005 --split True'),
     (['--gan', 'none'], '--gan none'),
-    (['--no-split'], '--split False')])
+    (['--no-split'], '--split False'),
+    (['--recipe', 'toy-dmdr', '--steps', 2], '--fake_lora 32 --dyna 0.5 --dyna_iters 200')])
 def test_ablations_run(flags, said, tmp_path):
-    """And what they change is printed, the latent GAN's weight among it."""
+    """And what they change is printed, the latent GAN's weight among it. DMDR's aids fade by half a
+    cosine of student updates, five iterations each."""
     done = well(inside(
         'train_stage1.py', *SMALL, '--batch', 2, '--micro', 2, '--iters', 2, *flags, '--out',
         tmp_path / 'run'))
     assert said in done.stdout
     lines = rows(tmp_path / 'run')
     assert [row['dropped'] for row in lines] == [0, 0]
-    assert ('gan/d' in lines[0]) == ('none' not in flags)
+    assert ('gan/d' in lines[0]) == ('none' not in flags and 'toy-dmdr' not in flags)
     # with --ttur 5 the student learns in the first iteration alone
-    assert ['grad/dm' in row for row in lines] == [True, 'toy-dmd2' not in flags]
+    assert ['grad/dm' in row for row in lines] == [True, '--ttur 5' not in done.stdout]
+    if 'toy-dmdr' in flags:
+        found = [done.page['fading'](5 * k) for k in (0, 50, 100, 150, 200, 300)]
+        assert found == pytest.approx([1, .8536, .5, .1464, 0, 0], abs=1e-4)
+        assert found[-1] == 0
 
 def test_own_data_alone_suffices_and_its_troubles_are_counted(tmp_path):
     """A folder of pictures with captions beside them, half of them broken, in the log and at the
@@ -617,6 +623,42 @@ def test_stage_2_resumes_bit_for_bit(joint, tmp_path):
     assert [row['iteration'] for row in lines] == [1, 2, 3, 4, 5, 6]
     assert rows(out, 'eval.jsonl') == [dict(iteration=0)]
 
+ADVERSARIAL = ['--rl', 'grpo', '--reward', 'discriminator', '--candidates', 4, '--iters', 8,
+               '--critic_warmup', 1, '--fake_lora', 8, '--save_every', 6]
+
+@pytest.fixture(scope='session')
+def adversarial(tmp_path_factory):
+    out = tmp_path_factory.mktemp('advdmd') / 'run'
+    return out, *second(out, *ADVERSARIAL)
+
+def test_advdmd_begins_with_distillation(adversarial):
+    """Policy updates from a quarter of the run, half of the iterations in the end; the student
+    learns in every second distillation, --ttur 2. D sees real and generated states in all."""
+    _, lines, _ = adversarial
+    assert [row['iteration'] for row in lines if 'auc/0' in row] == [6, 8]
+    assert [row['iteration'] for row in lines if 'grad/dm' in row] == [2, 4, 7]
+    assert all('gan/d' in row and row['dropped'] == 0 for row in lines)
+    assert {row.get('rl/ratio', 1) for row in lines} == {1}
+    assert max(row.get('rl/advantage', 0) for row in lines) > .1
+
+def test_advdmd_resumes_bit_for_bit(adversarial, tmp_path):
+    """D's last logits, by which levels are judged, too."""
+    shutil.copytree(adversarial[0], tmp_path / 'run',
+                    ignore=shutil.ignore_patterns('state-0000008'))
+    _, done = second(tmp_path / 'run', *ADVERSARIAL)
+    assert 'from iteration 6' in done.stdout
+    one, again = weights(adversarial[0], 8), weights(tmp_path / 'run', 8)
+    assert one['logits.weight/real'].isfinite().sum() == 2 * 4 * 4
+    assert equal(one, again)
+
+def test_advdmd_on_two_ranks_is_one(adversarial, tmp_path):
+    """A group's members are on both: it is the same group."""
+    second(tmp_path / 'run', *ADVERSARIAL, '--micro', 1, ranks=2)
+    one, two = weights(adversarial[0], 8), weights(tmp_path / 'run', 8)
+    assert not far_from_one_step(two, one, weights(adversarial[0], 6))
+    for name in ('logits.weight/real', 'logits.weight/made'):
+        assert torch.allclose(two[name], one[name], atol=1e-3)
+
 def test_stage_2_goes_on_from_a_run(plain, tmp_path):
     """With its networks, moments and settings, over which the command line goes; at learning rate 0
     the student stays what it was, to the bit. sample.py finds the result."""
@@ -728,7 +770,7 @@ def broken(tmp_path_factory):
 # are in test_families.py
 ONE, TWO = 'train_stage1.py', 'train_stage2.py'
 BAD = [
-    (ONE, ['--iter', 3], 'unrecognized arguments: --iter'),
+    (ONE, ['--iter', 3], 'there is no flag --iter; did you mean --iters?'),
     (ONE, ['--gan', 'dino'], '--gan: invalid choice'),
     (ONE, ['--iters', 'many'], '--iters: invalid int'),
     (ONE, ['--student_lr', 'nan'], '--student_lr nan must be at least 0, and finite'),
@@ -741,11 +783,12 @@ BAD = [
     (ONE, ['--model', 'TMP/damaged'], '--model TMP/damaged is damaged'),
     (ONE, ['--model', 'TMP/odd'], "--model: its scheduler predicts 'sample'"),
     (ONE, ['--model', 'some-body/no-such-model', '--force'],
-     'downloaded; --model assets/toy/sdxl runs'),
-    (ONE, ['--model', 'some-body/no-such-model', '--grad_checkpointing', '--micro', '1', '--batch', '1'],
-     'GB on each rank, which has'),
+     '--model some-body/no-such-model is not on this machine'),
+    (ONE, ['--model', 'some-body/no-such-model', '--grad_checkpointing', '--micro', '1', '--batch',
+           '1'], 'GB on each rank, which has'),
     (ONE, ['--model', 'some-body/no-such-model', '--cpu_offload', '--micro', '1', '--batch', '1',
-           '--grad_checkpointing', '--gan', 'none', '--offload'], '--cpu_offload takes 82.1 GB of main'),
+           '--grad_checkpointing', '--gan', 'none', '--offload'],
+     '--cpu_offload takes 82.1 GB of main'),
     (ONE, ['--cpu_offload', '--lora', '4'], '--cpu_offload is for networks trained whole'),
     (ONE, ['--sam', 'TMP/nowhere.pth'], '--sam TMP/nowhere.pth does not exist'),
     (ONE, ['--sam', 'TMP/pickled.pth'], 'pickled code; --sam assets/toy/sam.pth runs offline'),
@@ -755,7 +798,7 @@ BAD = [
     (ONE, ['--data', 'TMP/nowhere'], '--data TMP/nowhere does not exist'),
     (ONE, ['--data', 'TMP/a_file'], '--data TMP/a_file holds no .parquet, no'),
     (ONE, ['--data', 'TMP/notes', '--data_files', '*.x'], 'no picture by the name *.x; give a'),
-    (ONE, ['--data', 'some-body/no-such-data'], 'some-body/no-such-data could not be loaded'),
+    (ONE, ['--data', 'some-body/no-such-data'], 'some-body/no-such-data is not on this machine'),
     (ONE, ['--text_column', 'caption'], '--text_column caption: --data assets/toy/data has no'),
     (ONE, ['--image_column', 'text'], '--image_column text of --data assets/toy/data does not'),
     (ONE, ['--prompts', 'TMP/binary.txt'], '--prompts TMP/binary.txt cannot be read'),
@@ -765,7 +808,15 @@ BAD = [
     (TWO, ['--recipe', 'toy-sd3', '--init', ''], '--recipe toy-sd3: the newest student'),
     (TWO, ['--init', 'TMP/init_damaged'], 'init_damaged/args.json is damaged'),
     (TWO, ['--init', 'TMP/init_types'], "init_types/args.json is damaged"),
+    (ONE, ['--dyna', .5], '--dyna 0.5 scales adapters of the fake score; give --fake_lora'),
+    (ONE, ['--fake_lora', 4], '--couple 0.97: adapters of --fake_lora are not coupled'),
     (TWO, ['--clamp', 1], '--clamp 1.0 must be below 1'),
+    (TWO, ['--rl', 'grpo', '--candidates', 1], '--candidates 1 must be at least 2'),
+    (TWO, ['--rl', 'grpo', '--batch', 6], '--batch 6 is not a multiple of --candidates 4'),
+    (TWO, ['--rl', 'refl'], '--reward latent has no gradient here'),
+    (TWO, ['--reward', 'latent', 'clip'], 'only rewards of pictures can be added up'),
+    (TWO, ['--reward', 'clip', '--reward_weight', 1, 2], '--reward_weight [1.0, 2.0]: give one'),
+    (TWO, ['--reward', 'discriminator', '--gan', 'pixel'], '--gan pixel trains none on latents'),
     (TWO, ['--steps', 1, '--no-split'], '--rl_steps high: none of the steps [999]'),
     (TWO, ['--lrm', 'TMP/nowhere'], '--lrm TMP/nowhere does not exist'),
     (TWO, ['--lrm', 'TMP/lrm_pickled'], '--lrm TMP/lrm_pickled could not be loaded'),
@@ -870,22 +921,27 @@ def test_what_a_run_says_first(plain):
     """The recipe, then the plan, the data and the networks; the time left in each line."""
     said = plain.with_name('said').read_text()
     lines = said.splitlines()
-    for line, begin in zip(lines, ('recipe toy: ', 'plan: ', '--data ', 'networks: 4.5 M ')):
+    for line, begin in zip(lines, ('recipe toy: ', 'plan: ', '--data ', 'networks: 4.')):
         assert line.startswith(begin)
     assert re.search(r"the teacher's pictures: 50 steps, [\d.]+ s", said)
     assert re.search(r'    1/4 .* s/it, \d+ s left', said)
 
 def test_from_any_folder(tmp_path):
     """Nothing is known of where the page was started: the same commands go on from the root."""
-    for _ in range(2):
-        well(inside(ROOT / ONE, *TRAIN[1:], '--iters', 1, '--gan', 'none', '--out',
-                    tmp_path / 'run', cwd=tmp_path))
+    well(inside(ROOT / ONE, *TRAIN[1:], '--iters', 1, '--gan', 'none', '--out', tmp_path / 'run',
+                cwd=tmp_path))
     args = json.loads((tmp_path / 'run/args.json').read_text())
     facts = json.loads((tmp_path / 'run/student/student.json').read_text())
     assert args['model'] == facts['base_model'] == 'assets/toy/sdxl'
     done = well(inside(*TRAIN, '--iters', 2, '--gan', 'none', '--out', tmp_path / 'run'))
     assert '--model is' not in done.stdout and 'of iteration 1' in done.stdout
-    well(inside(ROOT / 'sample.py', '--ckpt', 'run', '--n', 1, cwd=tmp_path))
+    done = well(inside(
+        ROOT / TWO, *SMALL, '--eval_every', 0, '--iters', 1, '--critic_warmup', 1,
+        '--save_every', 1, '--out', 'two', cwd=tmp_path))
+    assert 'the student is unchanged: all 1 iterations' in done.stdout
+    facts = json.loads((tmp_path / 'two/student/student.json').read_text())
+    assert facts['base_model'] == 'assets/toy/sdxl'
+    well(inside(ROOT / 'sample.py', '--ckpt', 'two', '--n', 1, cwd=tmp_path))
 
 def test_all_that_is_missing_at_once(monkeypatch):
     """What is on the hub and not here, with licences to accept, and a library; before any of it."""
@@ -901,7 +957,8 @@ def test_all_that_is_missing_at_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, 'auth_check', auth_check)
     monkeypatch.setitem(sys.modules, 'wandb', None)
     line = said_no(refused(
-        ONE, '--recipe', 'toy', '--model', 'a/gated', '--data', 'b/none', '--wandb', 'x'))
+        ONE, '--recipe', 'toy', '--model', 'a/gated', '--data', 'b/none', '--wandb', 'x', '--lora', 8,
+        '--force'))
     for says in ('--wandb needs wandb: pip install wandb',
                  '--model a/gated: accept its licence at https://huggingface.co/a/gated, then `hf '
                  'auth login`',
