@@ -16,6 +16,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import bench
 import model as m
 from conftest import ROOT, inside, refused, rows, weights
 from test_math import family, normal
@@ -175,6 +176,12 @@ def test_bad_input_is_one_sentence(flags, says, style, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
     assert says.replace('TMP', str(style)) in done.stderr
+
+def test_offloaded_encoders_count_while_they_encode():
+    """A crop makes activations smaller than the encoders, which are on the card by turns."""
+    for family, billions in ('sd3', .818 + 4.762), ('qwen', 8.292):
+        flags = bench.settings(family, lora=64, offload=True, gan_crop=256)
+        assert m.gigabytes(flags, 1, 1, True)['activations'] == pytest.approx(2 * billions)
 
 # --------------------------------------------------------------------------------------------------
 # Qwen-Image
