@@ -1370,7 +1370,9 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
         return
     from diffusers.utils import convert_state_dict_to_kohya
     scheduler = few_step_scheduler(base.pipe.scheduler, base.tokens)
-    facts = facts | dict(steps=steps.long().tolist(), base_lora=list(base.base_lora))
+    facts = facts | dict(steps=steps.long().tolist())
+    if base.base_lora:
+        facts['base_lora'] = list(base.base_lora)
     with replacing(folder) as tmp:
         if lora:
             tmp.mkdir()
