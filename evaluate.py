@@ -52,6 +52,7 @@ RECIPES = {
         image_column='image', cfg=3., clip='assets/toy/clip',
         pickscore='assets/toy/pickscore', metrics=['clip', 'pickscore', 'rprecision', 'cmmd'])}
 RECIPES['sd3'] = RECIPES['sdxl'] | dict(teacher_steps=28)
+RECIPES['qwen'] = RECIPES['sdxl'] | dict(cfg=4.)
 RECIPES['toy-sd3'] = RECIPES['toy'] | dict(teacher_steps=28)
 # Flash-DMD's tables 1 to 3: 10,000 prompts of COCO 2014. Which CLIP and HPSv2 is not stated there
 PUBLISHED = 'imagereward', 'pickscore', 'hpsv2', 'mps'
@@ -189,10 +190,11 @@ near = R.near_prompts(source, len(prompts), blank=True)
 guided = []                                               # numbers of steps of the teacher's rows
 rows = {}                                         # label: (pipeline, its steps, what loads it)
 teacher, whence, t5 = facts['base_model'], '--ckpt', facts.get('t5')
+merged = facts.get('base_lora')                       # [file, weight], in the teacher as it taught
 if args.images:
     rows[args.images] = '', 0, None
 elif args.pipeline:
-    teacher, whence, t5 = args.pipeline, '--pipeline', None
+    teacher, whence, t5, merged = args.pipeline, '--pipeline', None, None
     guided = [args.teacher_steps]
 else:
     if args.teacher and not args.ckpt:
@@ -205,8 +207,9 @@ else:
     if not (args.teacher or args.ckpt):
         guided.append(args.steps)
 for steps in guided:
-    load = functools.partial(m.load_pipeline, teacher, whence, t5=t5)
-    rows[f'{teacher}, {steps} steps, CFG {args.cfg:g}'] = teacher, steps, load
+    load = functools.partial(m.load_pipeline, teacher, whence, t5=t5, base_lora=merged)
+    label = f'{teacher} with its base LoRA' if merged else teacher
+    rows[f'{label}, {steps} steps, CFG {args.cfg:g}'] = teacher, steps, load
 
 def short(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
@@ -215,6 +218,8 @@ def short(value):
 weights = {name: [m.crc(file) for file in sorted([*Path(name).rglob('*.*'), Path(name)])
                   if file.suffix in ('.safetensors', '.json')]
            for name, _, _ in rows.values() if name}
+if guided and merged:
+    weights[teacher] += [m.crc(merged[0]), merged[1]]
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')}
 settings |= dict(rows=list(rows), n=n, weights=weights, prompts_sha256=short(prompts),
                  iterations=[own['iteration'] for _, own in students])

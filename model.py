@@ -27,8 +27,10 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -205,14 +207,20 @@ class Schedule:
     """alpha(t), sigma(t) and the conversions of one diffusers scheduler; t (B,) in 0..1000, fp32.
 
     kind is 'epsilon' or 'v_prediction' (variance preserving, from alphas_cumprod;
-    v = alpha eps - sigma x0) or 'flow' (sigma = t / 1000, alpha = 1 - sigma, v = eps - x0).
+    v = alpha eps - sigma x0) or 'flow' (sigma = t / 1000, alpha = 1 - sigma, v = eps - x0). tokens:
+    of a picture; with them grows the shift of flows that call it dynamic.
     """
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler, tokens=4096):
         config, name = scheduler.config, type(scheduler).__name__
         flow = 'FlowMatch' in name or config.get('use_flow_sigmas')
         self.kind = 'flow' if flow else config.get('prediction_type')
         self.shift = config.get('shift', config.get('flow_shift', 1.))
+        if config.get('use_dynamic_shifting'):
+            share = (tokens - config.base_image_seq_len) / (
+                config.max_image_seq_len - config.base_image_seq_len)
+            mu = config.base_shift + share * (config.max_shift - config.base_shift)
+            self.shift = math.exp(mu) if config.time_shift_type == 'exponential' else mu
         if self.kind not in ('flow', 'epsilon', 'v_prediction'):
             die(f'--model: its scheduler predicts {self.kind!r}; only epsilon, v_prediction and '
                 'flow matching are known')
@@ -311,11 +319,12 @@ class Schedule:
 # the base model: a diffusers pipeline taken apart. All that differs between families stands in the
 # subclass of a family
 
-def load_pipeline(name, flag, dtype, t5=None):
+def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
     """DiffusionPipeline from a folder or a hub id, dtype as diffusers takes it.
 
     t5: of an SD3 pipeline's third text encoder, False leaves it on the disk, True insists on it,
-    None takes what is there. Ends with one sentence when there is no such pipeline.
+    None takes what is there. base_lora: [file, weight] of a LoRA to merge into it, or nothing.
+    Ends with one sentence when there is no such pipeline.
     """
     import diffusers
     quiet()
@@ -341,7 +350,41 @@ def load_pipeline(name, flag, dtype, t5=None):
         pipe = load(name, dtype=dtype, **without)
     if t5 and not getattr(pipe, 'text_encoder_3', None):
         die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
+    if base_lora:
+        merge_lora(pipe, base_lora)
     return pipe
+
+def lora_and_weight(words, flag='--base_lora'):
+    """FILE [weight], 1 without -> (file, weight, how many modules it changes), by the file's header
+    alone; ends with a sentence where it is no LoRA."""
+    file, *rest = map(str, words)
+    if not Path(file).is_file():
+        die(f'{flag} {file} is not there, or no file; give a LoRA of the model as one .safetensors '
+            'file')
+    with sentence(f'{flag} {file} {" ".join(rest)} is not a file and one weight'):
+        weight, = map(float, rest or [1.])
+        assert abs(weight) < float('inf')
+    with sentence(f'{flag} {file} is no plain LoRA in safetensors'):
+        names = [*safe_open(file, 'pt').keys()]
+        pairs = sum(bool(re.search(r'lora_A|lora_down|lora\w*\.down', k)) for k in names)
+        odd = [k for k in names if 'dora_scale' in k or 'magnitude' in k]
+        assert pairs and not odd, f'{odd[0]} is of a DoRA' if odd else 'it has no pairs of factors'
+    return file, weight, pairs
+
+def merge_lora(pipe, base_lora, parts=None):
+    """Adds weight x LoRA to the weights of a pipeline's networks, or of `parts` of them. All of the
+    file has to find its place: diffusers passes over what does not fit."""
+    from peft.tuners.lora import LoraLayer
+    file, weight, pairs = lora_and_weight(base_lora)
+    with sentence(f'--base_lora {file} could not be merged into this {type(pipe).__name__}: it is '
+                  'of another base model, or damaged'):
+        pipe.load_lora_weights(str(Path(file).absolute().parent), weight_name=Path(file).name)
+        nets = [net for net in pipe.components.values() if isinstance(net, nn.Module)]
+        found = sum(isinstance(layer, LoraLayer) for net in nets for layer in net.modules())
+        assert found >= pairs, f'{found} of its {pairs} modules are there'
+        # safe: NaNs are a ValueError
+        pipe.fuse_lora(parts or pipe._lora_loadable_modules, lora_scale=weight, safe_fusing=True)
+        pipe.unload_lora_weights()
 
 def of_any_variant(kind, name, **how):
     """kind.from_pretrained; where there is no plain *.safetensors, of *.fp16.safetensors."""
@@ -385,10 +428,16 @@ def load_network(name, kind, part):
 def check_sources(args):
     """Ends with one sentence that names all that a training script's run lacks: repositories of the
     hub that are neither here nor to be had, with their licences, and the library of --wandb."""
+    if args.base_lora:
+        lora_and_weight(args.base_lora)
+    if args.prompts_only and args.gan != 'none':
+        die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none')
     words = []
     if args.wandb and not importlib.util.find_spec('wandb'):
         words.append('--wandb needs wandb: pip install wandb')
-    kinds = [('model', 'model'), ('data', 'dataset')]
+    kinds = [('model', 'model')]
+    if not args.prompts_only:
+        kinds.append(('data', 'dataset'))
     if 'latent' in getattr(args, 'reward', ''):
         kinds.append(('lrm', 'model'))
     for flag, kind in kinds if dist.get_rank() == 0 else ():
@@ -434,53 +483,112 @@ def text_length(pipe):
         return {}
     return dict(max_sequence_length=256 if pipe.text_encoder_3 else pipe.tokenizer_max_length)
 
-def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, flag='--model'):
+def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, base_lora=()):
     """Base of a pipeline folder or hub id. dtype is the teacher's and the text encoders'; the VAE
-    stays in fp32, because SDXL's overflows in fp16. t5 as for load_pipeline; with offload the text
-    encoders wait in main memory between calls."""
-    pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5)
-    families = dict(StableDiffusionXLPipeline=SDXL, StableDiffusion3Pipeline=SD3)
-    family = type(pipe).__name__
-    if family not in families:
-        die(f'{flag} {name} is a {family}; this version distils {" and ".join(families)} models')
-    config, depth = network_of(pipe).config, pipe.vae.config.latent_channels
-    if config.in_channels != depth:
-        die(f'{flag} {name}: its network reads {config.in_channels} channels, its VAE has {depth}; '
+    stays in fp32, because SDXL's overflows in fp16. t5 and base_lora as for load_pipeline; with
+    offload the text encoders wait in main memory between calls."""
+    flag = '--model'
+    pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5, base_lora)
+    family = family_of(pipe)
+    if family is Base:
+        die(f'{flag} {name} is a {type(pipe).__name__}; this version distils models of '
+            f'{", ".join(FAMILIES)}. Another is a subclass of Base in model.py')
+    channels, depth = network_of(pipe).config.in_channels, family.depth(pipe)
+    if channels != depth:
+        die(f'{flag} {name}: its network reads {channels} channels, its VAE makes {depth} of them; '
             'models that fill in or edit pictures cannot be distilled')
-    if not isinstance(config.sample_size, int):
+    if not isinstance(family.side(pipe), int):
         die(f'{flag} {name}: its network has no sample_size, or not one number; write it into its '
             f'config.json, the side of its pictures / {pipe.vae_scale_factor}')
-    return families[family](str(name), pipe, torch.device(device), offload)
+    return family(str(name), pipe, torch.device(device), offload, base_lora)
+
+def family_of(pipe):
+    """The subclass of Base of a pipeline, Base itself for one that is not known."""
+    return FAMILIES.get(type(pipe).__name__, Base)
 
 class Base:
     """A pretrained text-to-image pipeline: text encoders, VAE, schedule and the frozen teacher.
 
     Networks are called as base.x0(net, xt, t, y, cfg) or base.predict(net, xt, t, y): net the
     teacher or any copy of it, xt (B, C, h, w) latents, t (B,), y = base.encode(prompts).
+
+    A family says what differs: its network's place in a pipeline (part), what a LoRA or one file
+    of it is called by other tools (architecture), and the methods up to __init__.
     """
 
-    def __init__(self, name, pipe, device, offload=False):
+    reads = {'': 77, '_2': 77, '_3': 256}                   # tokens that each text encoder reads
+    unguided = 'guidance_scale=0'                           # of a pipeline's call, as on a card
+
+    @staticmethod
+    def depth(pipe):
+        """The channels of the network's input that the VAE fills."""
+        return pipe.vae.config.latent_channels
+
+    @staticmethod
+    def side(pipe):
+        """A side of the latents."""
+        return network_of(pipe).config.sample_size
+
+    @staticmethod
+    def called(pipe, cfg, count):
+        """Arguments of a pipeline's call for `count` pictures with guidance cfg."""
+        return dict(guidance_scale=cfg)
+
+    def encode_with(self, pipe, prompts):
+        """encode() by the text encoders of pipe."""
+        raise NotImplementedError
+
+    def encode_nothing(self, pipe):
+        """What guidance leads away from, (1, ...), as the pipeline has it."""
+        return self.encode_with(pipe, [''])
+
+    def call(self, net, xt, t, y):
+        """net's own output, (B, C, h, w)."""
+        raise NotImplementedError
+
+    def guided(self, cond, uncond, cfg):
+        """Both outputs -> the guided one, (B, C, h, w)."""
+        return uncond + cfg * (cond - uncond)
+
+    def pack(self, x):
+        """Latents (B, C, h, w) as the pipeline takes and gives them; unpack: the inverse."""
+        return x
+
+    unpack = pack
+
+    def to_pixels(self, z):
+        """The VAE's decoder: its own latents (B, C, h, w) -> (B, 3, H, W)."""
+        return self.vae.decode(z).sample
+
+    def to_latents(self, pixels):
+        """The mean of its encoder: (B, 3, H, W) -> (B, C, h, w)."""
+        return self.vae.encode(pixels).latent_dist.mean
+
+    def __init__(self, name, pipe, device, offload=False, base_lora=()):
         self.name = name
+        self.base_lora = base_lora                              # merged into the pipeline's weights
         self.pipe = pipe
         self.device = device
         pipe.set_progress_bar_config(disable=True)
         self.teacher = getattr(pipe, self.part).eval().to(device)
         self.network = type(self.teacher)               # FSDP2 gives its networks other classes
         self.vae = pipe.vae.eval().to(device)
+        if not self.vae._supports_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing = functools.partial(checkpoint_decoder, self.vae)
         encoders = (pipe.components.get(f'text_encoder{k}') for k in ('', '_2', '_3'))
         self.encoders = [net for net in encoders if net]
         for net in (self.teacher, self.vae, *self.encoders):
             net.requires_grad_(False)
-        self.schedule = Schedule(pipe.scheduler)
-        side = self.teacher.config.sample_size
+        side = self.side(pipe)
+        self.tokens = (side // 2) ** 2                      # of a transformer, each 2 x 2 latents
+        self.schedule = Schedule(pipe.scheduler, self.tokens)
         self.size = side * pipe.vae_scale_factor                                            # pixels
-        self.latent_shape = (self.teacher.config.in_channels, side, side)
+        self.latent_shape = (self.vae.config.get('z_dim', self.depth(pipe)), side, side)
         self.waiting = self.encoders if offload else []
         if not offload:
             pipe.to(device)
         with torch.no_grad(), self.on_device():
-            # the pipeline's own negative: zeros for SDXL (force_zeros_for_empty_prompt), else ''
-            self.uncond = self.encode_with(pipe, [''], guided=True)[1::2]
+            self.uncond = self.encode_nothing(pipe)
 
     @contextlib.contextmanager
     def on_device(self):
@@ -493,9 +601,10 @@ class Base:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """B strings -> y, a tuple of tensors (B, ...): embeddings (B, L, D), pooled (B, P)."""
+        """B strings -> y, a tuple of tensors (B, ...): embeddings (B, L, D), pooled (B, P); of
+        Qwen-Image the second is a mask (B, L)."""
         with self.on_device():
-            return self.encode_with(self.pipe, list(prompts), guided=False)[::2]
+            return self.encode_with(self.pipe, list(prompts))
 
     def trainable(self, lora=None):
         """A copy of the teacher to train: with fp32 weights of its own, read from the files, not
@@ -503,7 +612,10 @@ class Base:
         LoraConfig, with the teacher's own frozen tensors and new fp32 adapters."""
         if lora is None:
             net = load_network(self.name, self.network, self.part)
-            return net.train()
+            if self.base_lora:
+                pipe = type(self.pipe)(**self.pipe.components | {self.part: net})
+                merge_lora(pipe, self.base_lora, [self.part])
+            return net.requires_grad_().train()                   # peft has frozen what it merged
         net = twin(self.teacher)
         net.add_adapter(lora)
         for w in trained(net).values():
@@ -511,10 +623,8 @@ class Base:
         return net.train()
 
     def cut(self, prompts):
-        """How many prompts are longer than what any of the text encoders reads: 77 tokens of CLIP,
-        256 of T5."""
-        read = [(getattr(self.pipe, f'tokenizer{k}', None), length)
-                for k, length in (('', 77), ('_2', 77), ('_3', 256))]
+        """How many prompts are longer than what any of the text encoders reads."""
+        read = [(getattr(self.pipe, f'tokenizer{k}', None), n) for k, n in self.reads.items()]
         return sum(all(len(tokenizer(text, verbose=False).input_ids) > length
                        for tokenizer, length in read if tokenizer) for text in prompts)
 
@@ -535,10 +645,9 @@ class Base:
         """Predicted clean latents, fp32; guided as uncond + cfg (cond - uncond) where cfg != 1."""
         if cfg == 1:
             return self.schedule.x0(self.predict(net, xt, t, y), xt, t)
-        both = [torch.cat([c, u.expand_as(c)]) for c, u in zip(y, self.uncond)]
+        both = [torch.cat([c, as_long(u, c).expand_as(c)]) for c, u in zip(y, self.uncond)]
         out = self.predict(net, torch.cat([xt, xt]), torch.cat([t, t]), both)
-        cond, uncond = out.chunk(2)
-        return self.schedule.x0(uncond + cfg * (cond - uncond), xt, t)
+        return self.schedule.x0(self.guided(*out.chunk(2), cfg), xt, t)
 
     def _statistics(self):
         """latents_mean and latents_std of the VAE, (1, C, 1, 1), if it has both; else 0 and 1."""
@@ -552,16 +661,16 @@ class Base:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], differentiable."""
         config = self.vae.config
         mean, std = self._statistics()
-        z = z / config.scaling_factor + (config.get('shift_factor') or 0)
-        return self.vae.decode(z * std + mean).sample
+        z = z / (config.get('scaling_factor') or 1) + (config.get('shift_factor') or 0)
+        return self.to_pixels(z * std + mean)
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
         config = self.vae.config
         mean, std = self._statistics()
-        z = (self.vae.encode(pixels).latent_dist.mean - mean) / std
-        return (z - (config.get('shift_factor') or 0)) * config.scaling_factor
+        z = (self.to_latents(pixels) - mean) / std
+        return (z - (config.get('shift_factor') or 0)) * (config.get('scaling_factor') or 1)
 
     @torch.no_grad()
     def pictures(self, z):
@@ -574,13 +683,12 @@ class Base:
         (B, 3, H, W). Every rank calls it, as the teacher may be sharded."""
         found, began = [], time.time()
         for k in bar(range(0, len(prompts), micro), "the teacher's pictures"):
-            latents = noise[k:k + micro].to(self.device, self.teacher.dtype)
+            latents = self.pack(noise[k:k + micro].to(self.device, self.teacher.dtype))
             with self.on_device():
                 z = self.pipe(
-                    prompts[k:k + micro], num_inference_steps=steps, guidance_scale=cfg,
-                    height=self.size, width=self.size, latents=latents, output_type='latent',
-                    **text_length(self.pipe)).images
-            found.append(self.pictures(z.float()))
+                    prompts[k:k + micro], num_inference_steps=steps, latents=latents,
+                    output_type='latent', **self.called(self.pipe, cfg, len(latents))).images
+            found.append(self.pictures(self.unpack(z).float()))
         if dist.get_rank() == 0:
             print(f"the teacher's pictures: {steps} steps, {time.time() - began:.1f} s", flush=True)
         return torch.cat(found)
@@ -611,13 +719,28 @@ class Base:
 class HalfWay(Exception):
     """Ends a forward pass after the first half of a network."""
 
+def checkpoint_decoder(vae):
+    """enable_gradient_checkpointing for the decoder of a VAE that has it not, block by block."""
+    for block in [vae.decoder.mid_block, *vae.decoder.up_blocks]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+def as_long(u, c):
+    """Text u (1, l, ...) with zeros behind, as long as c (B, L, ...)."""
+    return F.pad(u, [0, 0] * (u.ndim - 2) + [0, c.shape[1] - u.shape[1]])
+
 class SDXL(Base):
-    part = 'unet'                                                # the network's name in a pipeline
+    part = 'unet'
+    architecture = 'stable-diffusion-xl-v1-base'
     second_half = ['up_blocks', 'conv_norm_out', 'conv_out']
 
-    def encode_with(self, pipe, prompts, guided):
-        """(embeddings, those of the negative, pooled, those of the negative), None if unguided."""
-        return pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=guided)
+    def encode_with(self, pipe, prompts):
+        return pipe.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=False)[::2]
+
+    def encode_nothing(self, pipe):
+        # zeros where force_zeros_for_empty_prompt says so
+        return pipe.encode_prompt(
+            [''], device=self.device, do_classifier_free_guidance=True)[1::2]
 
     def call(self, net, xt, t, y):
         # original size, top left corner of the crop, target size
@@ -639,12 +762,17 @@ class SDXL(Base):
 
 class SD3(Base):
     part = 'transformer'
+    architecture = 'stable-diffusion-3'
     second_half = ['norm_out', 'proj_out']                                # and half of the blocks
 
-    def encode_with(self, pipe, prompts, guided):
+    @staticmethod
+    def called(pipe, cfg, count):
+        return dict(guidance_scale=cfg, **text_length(pipe))
+
+    def encode_with(self, pipe, prompts):
         return pipe.encode_prompt(
             prompts, prompt_2=None, prompt_3=None, device=self.device,
-            do_classifier_free_guidance=guided, **text_length(self.pipe))
+            do_classifier_free_guidance=False, **text_length(self.pipe))[::2]
 
     def call(self, net, xt, t, y):
         return net(xt, timestep=t, encoder_hidden_states=y[0], pooled_projections=y[1]).sample
@@ -658,6 +786,72 @@ class SD3(Base):
 
     def channels(self, net):
         return [net.inner_dim] * len(self.first_half(net))
+
+class QwenImage(SD3):
+    """Blocks as SD3's, tokens of 2 x 2 latents, one text encoder and a mask, a VAE of videos."""
+
+    architecture = 'qwen-image'
+    reads = {'': 512}
+    unguided = 'true_cfg_scale=1'
+
+    @staticmethod
+    def depth(pipe):
+        return 4 * pipe.vae.config.z_dim
+
+    @staticmethod
+    def side(pipe):
+        return pipe.transformer.config.get('sample_size', pipe.default_sample_size)
+
+    @staticmethod
+    def called(pipe, cfg, count):
+        size = QwenImage.side(pipe) * pipe.vae_scale_factor
+        guided = dict(true_cfg_scale=cfg, negative_prompt=[' '] * count) if cfg > 1 else {}
+        return dict(true_cfg_scale=1., height=size, width=size) | guided
+
+    def encode_with(self, pipe, prompts):
+        text, mask = pipe.encode_prompt(prompts, device=self.device, max_sequence_length=512)
+        mask = torch.ones_like(text[..., 0]) if mask is None else mask
+        # few lengths, for torch.compile, and none is shorter than that of ' '
+        missing = -text.shape[1] % 64
+        return F.pad(text, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+
+    def encode_nothing(self, pipe):
+        return self.encode_with(pipe, [' '])
+
+    def trainable(self, lora=None):
+        """Base's; without adapters on what the last block makes of the text: it is not read."""
+        if lora:
+            last = f'transformer_blocks.{len(self.teacher.transformer_blocks) - 1}'
+            lora = copy.copy(lora)
+            lora.exclude_modules = rf'{last}\.(attn\.to_add_out|txt_mlp\..*)'
+        return super().trainable(lora)
+
+    def call(self, net, xt, t, y):
+        shape = 1, xt.shape[2] // 2, xt.shape[3] // 2
+        out = net(self.pack(xt), timestep=t / 1000, encoder_hidden_states=y[0],
+                  encoder_hidden_states_mask=y[1], img_shapes=[[shape]] * len(xt))
+        return self.unpack(out.sample)
+
+    def guided(self, cond, uncond, cfg):
+        # a token is as long as the conditional one
+        cond, out = self.pack(cond), self.pack(super().guided(cond, uncond, cfg))
+        return self.unpack(out * cond.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True))
+
+    def pack(self, x):
+        return F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+    def unpack(self, x):
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (round(x.shape[1] ** .5), -1)), 2)
+
+    def to_pixels(self, z):
+        # without the cache of a video's earlier frames, and without the clamp
+        return self.vae.decoder(self.vae.post_quant_conv(z[:, :, None]))[:, :, 0]
+
+    def to_latents(self, pixels):
+        return self.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
+
+FAMILIES = dict(
+    StableDiffusionXLPipeline=SDXL, StableDiffusion3Pipeline=SD3, QwenImagePipeline=QwenImage)
 
 # --------------------------------------------------------------------------------------------------
 # LoRA: a student or fake score that has the teacher's frozen tensors, not a copy of them, and
@@ -874,7 +1068,7 @@ class LatentReward(nn.Module):
         """B strings -> (embeddings (2 B, L, D), pooled (2 B, P)), the second half those of ''."""
         wanted = [*prompts, *[''] * len(prompts)]
         each = list(dict.fromkeys([*prompts, '']))                # candidates of a prompt share it
-        y = self.base.encode_with(self.pipe, each, guided=False)[::2]
+        y = self.base.encode_with(self.pipe, each)
         places = [each.index(prompt) for prompt in wanted]
         return [v[places] for v in y]
 
@@ -892,6 +1086,9 @@ def load_latent_reward(name, base, flag='--lrm'):
     """LatentReward, frozen, from a folder in the layout of casiatao/LRM's SDXL model (unet/, of SD3
     transformer/, text_encoder/, text_encoder_2/, state_dict.pt) or hub_id/subfolder."""
     quiet()
+    if not hasattr(base.pipe, 'text_encoder_2'):
+        die(f'--reward latent: a latent reward scores by the second of two CLIP text encoders, '
+            f'{base.name} has none; --reward pickscore reads pictures')
     folder = Path(name)
     way_out = (f'give {flag} a folder with {base.part}/, text_encoder/, text_encoder_2/ and '
                'state_dict.pt; for a base model that has none, train one as tests/make_toy.py '
@@ -976,13 +1173,13 @@ def student_pictures(base, net, steps, prompts, noise, micro):
         found.append(base.pictures(z))
     return torch.cat(found)
 
-def few_step_scheduler(scheduler):
+def few_step_scheduler(scheduler, tokens=4096):
     """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, of a
     flow with sigmas = (n, ..., 1) / n in the pipeline's call, which it shifts by itself. Of the
     base's own it takes the noise levels, and none of the other settings: clipping, thresholding,
-    spacing."""
+    spacing. tokens: as for Schedule."""
     from diffusers import FlowMatchLCMScheduler, LCMScheduler
-    schedule = Schedule(scheduler)
+    schedule = Schedule(scheduler, tokens)
     if schedule.kind == 'flow':
         return FlowMatchLCMScheduler(shift=schedule.shift)
     names = 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'rescale_betas_zero_snr'
@@ -1009,19 +1206,20 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     are decoded one by one: at 1024 px each takes 3.2 GB (tests/bench.py)."""
     pipe.vae.enable_slicing()
     streams = [generator(seed, int(i)) for i in indices]
-    how = dict(num_inference_steps=steps, guidance_scale=cfg)
-    if type(pipe.scheduler).__name__ == 'LCMScheduler':
-        own = Schedule(pipe.scheduler).steps(steps).long().tolist()
-        how = dict(timesteps=own, guidance_scale=0.)
-    # the second: Euler's with fresh noise, the same sampler, of students up to November 2026
-    elif (type(pipe.scheduler).__name__ == 'FlowMatchLCMScheduler'
-          or pipe.scheduler.config.get('stochastic_sampling')):
+    kind = type(pipe.scheduler)
+    # the last: Euler's with fresh noise, the same sampler, of students up to November 2026
+    few = (kind.__name__ in ('LCMScheduler', 'FlowMatchLCMScheduler')
+           or pipe.scheduler.config.get('stochastic_sampling'))
+    how = family_of(pipe).called(pipe, 0. if few else cfg, len(streams))
+    if kind.__name__ == 'LCMScheduler':
+        how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
+    else:
+        how['num_inference_steps'] = steps
+    if few and kind.__name__ != 'LCMScheduler':
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
-        how['guidance_scale'] = 0.
-        # SD3's pipeline does not hand its generators on to the scheduler
-        step = type(pipe.scheduler).step
-        pipe.scheduler.step = functools.partial(step, pipe.scheduler, generator=streams)
-    out = pipe(list(prompts), generator=streams, output_type='pt', **how, **text_length(pipe))
+        # flows' pipelines do not hand their generators on to the scheduler
+        pipe.scheduler.step = functools.partial(kind.step, pipe.scheduler, generator=streams)
+    out = pipe(list(prompts), generator=streams, output_type='pt', **how)
     return out.images.float().cpu()
 
 # --------------------------------------------------------------------------------------------------
@@ -1051,11 +1249,12 @@ def whole_on_rank_0(tensors, dtype):
 
 # the LoRA of an SDXL student under kohya's names, which ComfyUI and A1111 read
 COMFYUI = 'comfyui.safetensors'
+BASE_LORA = 'base_lora.safetensors'                  # what was merged into its teacher, --base_lora
 # base models whose licence is known, as model cards on the hub write it
 STABILITY = ('other\nlicense_name: stabilityai-ai-community\n'
              'license_link: https://huggingface.co/{base}/blob/main/LICENSE.md')
 LICENCES = {'stabilityai/stable-diffusion-xl-': 'openrail++',
-            'stabilityai/stable-diffusion-3': STABILITY}
+            'stabilityai/stable-diffusion-3': STABILITY, 'Qwen/Qwen-Image': 'apache-2.0'}
 
 @functools.cache
 def commit():
@@ -1074,21 +1273,21 @@ def versions():
     names = 'torch', 'diffusers', 'transformers', 'peft'
     return dict(commit=commit(), versions={k: importlib.metadata.version(k) for k in names})
 
-def modelspec(facts, part):
+def modelspec(facts, family):
     """A safetensors file's metadata, by which other tools know what it is for."""
-    kind = dict(unet='stable-diffusion-xl-v1-base', transformer='stable-diffusion-3')[part]
+    kind = family.architecture + ('/lora' if facts.get('lora') else '')
     words = {
-        'sai_model_spec': '1.0.0', 'architecture': kind + ('/lora' if facts.get('lora') else ''),
+        'sai_model_spec': '1.0.0', 'architecture': kind,
         'implementation': 'diffusers', 'title': f'Flash-DMD student of {facts["base_model"]}',
         'description': f'{len(facts["steps"])} steps, no guidance (CFG 1), sampler LCM',
         'date': time.strftime('%Y-%m-%d')}
     return {'format': 'pt'} | {f'modelspec.{key}': value for key, value in words.items()}
 
-def snippet(facts, part):
+def snippet(facts, family):
     """Lines of Python that draw with the student, started in its folder."""
     base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
     call, more, scheduler = f'num_inference_steps={steps}', '', 'LCMScheduler'
-    if part == 'transformer':
+    if family.part == 'transformer':
         scheduler = 'FlowMatchLCMScheduler'
         call = f'sigmas={[k / steps for k in range(steps, 0, -1)]}'
         if facts.get('t5') is False:
@@ -1101,18 +1300,27 @@ def snippet(facts, part):
         'cuda = torch.cuda.is_available()', 'dtype = torch.float16 if cuda else torch.float32',
         f'pipe = DiffusionPipeline.from_pretrained({repr(base) if lora else "student"}, '
         f'dtype=dtype{more})']
+    if lora and facts.get('base_lora'):
+        lines.append(f"pipe.load_lora_weights(student, weight_name='{BASE_LORA}')")
+        lines.append(f'pipe.fuse_lora(lora_scale={facts["base_lora"][1]})')
+        lines.append('pipe.unload_lora_weights()')
     if lora:
         lines.append('pipe.load_lora_weights(student)')
         lines.append(f"pipe.scheduler = {scheduler}.from_pretrained(student, "
                      "subfolder='scheduler')")
     lines.append("pipe.to('cuda' if cuda else 'cpu')")
     lines.append(f'prompt = {facts["prompts"][0]!r}')
-    lines.append(f"pipe(prompt, {call}, guidance_scale=0).images[0].save('picture.png')")
+    lines.append(f"pipe(prompt, {call}, {family.unguided}).images[0].save('picture.png')")
     return lines
 
-def write_card(folder, facts, part, run):
-    """The model card of the student in `folder`, and beside it the newest pictures and the settings
-    of its run, if `run` is the folder of one."""
+def write_facts(folder, facts, family, run):
+    """student.json, the base LoRA and the model card of the student in `folder`, and beside it the
+    newest pictures and the settings of its run, if `run` is the folder of one."""
+    if facts.get('base_lora'):                     # the student's folder is to be whole without it
+        file, weight, _ = lora_and_weight(facts['base_lora'])
+        shutil.copyfile(file, folder / BASE_LORA)
+        facts = facts | dict(base_lora=[BASE_LORA, weight])
+    (folder / 'student.json').write_text(json.dumps(facts, indent=1))
     base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
     head = ['library_name: diffusers', 'pipeline_tag: text-to-image']
     licence = next((words.format(base=base) for name, words in LICENCES.items()
@@ -1132,10 +1340,14 @@ def write_card(folder, facts, part, run):
     if grids:
         shutil.copyfile(grids[-1], folder / 'samples.png')
         text += ['', '![pictures of the run](samples.png)']
-    text += ['', '```python', *snippet(facts, part), '```']
-    if lora and part == 'unet':
+    text += ['', '```python', *snippet(facts, family), '```']
+    if lora and family.part == 'unet':
         text += ['', f'ComfyUI, A1111: `{COMFYUI}` is the LoRA under their names, for strength 1; '
                  f'sampler LCM, scheduler simple, {steps} steps, CFG 1.']
+    if facts.get('base_lora'):
+        what = 'was merged into its base model first, and belongs beneath it' if lora else (
+            'was merged into its teacher; it is in these weights')
+        text += ['', f'`{BASE_LORA}`, at strength {facts["base_lora"][1]:g}, {what}.']
     text += ['', "Licence: the base model's" + (
         '.' if licence else ', which is not known here; add it before you publish.')]
     if commit():
@@ -1143,7 +1355,7 @@ def write_card(folder, facts, part, run):
     if (run / 'args.json').exists():
         settings = json.loads((run / 'args.json').read_text())
         # where things lie on this machine is nobody's business
-        settings = {k: v for k, v in settings.items() if not str(v).startswith(('/', '~'))}
+        settings = {k: v for k, v in settings.items() if str(v).strip("['")[:1] not in ('/', '~')}
         text += ['', 'Settings of the run:', '', '```json', json.dumps(settings, indent=1), '```']
     (folder / 'README.md').write_text('\n'.join(text) + '\n')
 
@@ -1159,8 +1371,10 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
     if dist.get_rank():
         return
     from diffusers.utils import convert_state_dict_to_kohya
-    scheduler = few_step_scheduler(base.pipe.scheduler)
+    scheduler = few_step_scheduler(base.pipe.scheduler, base.tokens)
     facts = facts | dict(steps=steps.long().tolist())
+    if base.base_lora:
+        facts['base_lora'] = list(base.base_lora)
     with replacing(folder) as tmp:
         if lora:
             tmp.mkdir()
@@ -1173,7 +1387,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 adapters[name] = w.to(dtype).contiguous()
             targets = sorted(lora.target_modules)
             facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
-            words = modelspec(facts, base.part)
+            words = modelspec(facts, base)
             save_file(adapters, tmp / 'pytorch_lora_weights.safetensors', words)
             if base.part == 'unet':                     # of SD3 they read diffusers' own names
                 names = convert_state_dict_to_kohya(adapters)
@@ -1191,8 +1405,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 if name == 'force_zeros_for_empty_prompt':
                     parts[name] = value
             type(base.pipe)(**parts).save_pretrained(tmp)
-        write_card(tmp, facts, base.part, Path(folder).parent)
-        (tmp / 'student.json').write_text(json.dumps(facts, indent=1))
+        write_facts(tmp, facts, type(base), Path(folder).parent)
 
 def lora_file(folder, net, flag):
     """The adapters in a LoRA student's folder, {name in trained(net): tensor}, at scale 1."""
@@ -1225,10 +1438,12 @@ def load_student(folder, facts, dtype, flag='--ckpt'):
     if not facts.get('lora'):
         return load_pipeline(folder, flag, dtype)
     whose = f'{flag} {folder}: its base model'
-    pipe = load_pipeline(facts['base_model'], whose, dtype, facts.get('t5'))
+    pipe = load_pipeline(
+        facts['base_model'], whose, dtype, facts.get('t5'), facts.get('base_lora'))
     lora_file(folder, network_of(pipe), flag)                                    # for its sentence
     pipe.load_lora_weights(folder)
-    pipe.scheduler = few_step_scheduler(pipe.scheduler)
+    tokens = (family_of(pipe).side(pipe) // 2) ** 2
+    pipe.scheduler = few_step_scheduler(pipe.scheduler, tokens)
     return pipe
 
 def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
@@ -1251,6 +1466,9 @@ def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
             assert isinstance(facts[key], kind) and facts[key] not in ('', []), key
         if facts.get('lora'):
             assert facts['lora']['rank'] > 0 and facts['lora']['alpha'] > 0
+        if facts.get('base_lora'):
+            file, weight = facts['base_lora']
+            facts['base_lora'] = [str(folder / file), float(weight)]
     home = HERE / facts['base_model']
     if home.exists() and not Path(facts['base_model']).exists():         # from another folder
         facts['base_model'] = str(home)
@@ -1469,7 +1687,8 @@ def gathered(value):
     return values
 
 # layers whose weights are gathered together, by the names of their classes in diffusers
-BLOCKS = 'BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock'
+BLOCKS = ('BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock',
+          'QwenImageTransformerBlock')
 
 @functools.lru_cache(1)
 def mesh_of(group, kind, world, here):
@@ -1589,7 +1808,9 @@ def update(opt, net, clip=1.):
 # what its two passes keep, with and without gradient checkpointing, and what their backward adds
 SIZES = dict(
     sdxl=dict(net=2.567e9, texts=.818e9, t5=0., adapters=1.4515e6, kept=(1.18, 13.8), back=.1),
-    sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3))
+    sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3),
+    qwen=dict(net=20.43e9, texts=8.292e9, t5=0., adapters=2.943e6, kept=(3.19, 52.3), back=.76,
+              vae=.1269e9, picture=(14.1, 33.7), look=2.83))
 # parameters of the VAE, of SAM's vit_b and its heads; GB of each picture of 1024 px from the latent
 # to the logits and back, with and without checkpointing, and to decode one to look at; GB of layers
 # in flight, gathered, with their gradients. tests/bench.py --only memory counts all of these
@@ -1612,9 +1833,9 @@ def gigabytes(args, world, here, cuda):
     """{'frozen', 'trained', 'activations': GB on each of `world` cards, `here` of them on this
     machine, 'main': GB of main memory that --cpu_offload takes, 'state', 'student': GB on the disk,
     'counted': whether activations are known}, for a training script's settings."""
-    family = 'sd3' if 'sd3' in args.recipe else 'sdxl'
-    size = SimpleNamespace(**SIZES[family])
-    net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), VAE
+    family = next((name for name in ('sd3', 'qwen') if name in args.recipe), 'sdxl')
+    size = SimpleNamespace(**dict(vae=VAE, picture=PICTURE, look=LOOK) | SIZES[family])
+    net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), size.vae
     counted = True
     if Path(args.model).is_dir():
         parts = stored(args.model)
@@ -1649,11 +1870,13 @@ def gigabytes(args, world, here, cuda):
         dear = 0 if args.grad_checkpointing else 1
         kept = size.kept[dear]
         area = (args.gan_crop / 1024) ** 2 if args.gan_crop else 1
-        judged = kept + PICTURE[dear] * area * (args.gan == 'pixel')
+        judged = kept + size.picture[dear] * area * (args.gan == 'pixel')
         each = max(judged, kept + size.back)
         # of a network trained whole the gradients of one pass wait for the other's, in bf16
         learnt = .9 * args.micro + (0 if args.lora else 2e-9 * net)
-        activations = max(each * args.micro, learnt, LOOK + .4 * args.micro) * few / 2
+        activations = max(each * args.micro, learnt, size.look + .4 * args.micro) * few / 2
+        if args.offload:                                  # they are here while they encode
+            activations = max(activations, few * texts / 1e9)
     state = 12 * (own + fake + heads)
     saved = dict(float32=4).get(args.save_dtype, 2)
     student = saved * (own if args.lora else net + texts + vae)
@@ -1889,10 +2112,10 @@ def find_state(out, args):
         old, new = saved['args'], settings(args)
         if ('rl_ratio' in old) != ('rl_ratio' in new):
             die(f'--out {out} holds a run of the other stage; choose another --out')
-        for key in ('model', 'lora', 'fake_lora'):
-            if key in old and old[key] != new[key]:
-                die(f'--out {out} holds a run of --{key} {old[key]}, not {new[key]}; choose '
-                    'another --out')
+        for key, none in dict(model='', lora=0, fake_lora=0, base_lora=[]).items():
+            if old.get(key, none) != new.get(key, none):
+                die(f'--out {out} holds a run of --{key} {old.get(key, none)}, not {new[key]}; '
+                    'choose another --out')
     if saved['iteration'] >= new['iters']:
         if dist.get_rank() == 0:
             print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
@@ -2326,6 +2549,21 @@ class Pictures:
                            trouble=sum((x['trouble'] for x in samples), Counter()))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+class Prompts(Pictures):
+    """The lines of a text file as Pictures without pixels (3, 0, 0)."""
+
+    def __init__(self, file, seed, flag='--prompts_only'):
+        self.rows = read_prompts(file, flag)
+        self.seed = seed
+        self.said = f'{flag} {file}: {len(self.rows)} prompts, no pictures'
+
+    def captions(self, positions):
+        return [self.rows[self._place(position)] for position in positions]
+
+    def __getitem__(self, position):
+        text, = self.captions([position])
+        return dict(pixels=torch.empty(3, 0, 0), text=text, trouble=Counter())
 
 # --------------------------------------------------------------------------------------------------
 # pictures to look at

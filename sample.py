@@ -14,7 +14,6 @@ No pictures, but the student for others:
 
 import functools
 import inspect
-import json
 import re
 import time
 from pathlib import Path
@@ -182,24 +181,24 @@ if not args.serve:
     m.writable_folder(place if single and not args.merge else place.parent,
                       '--merge' if args.merge else '--out')
 if args.teacher:
-    pipe = m.load_pipeline(base, "--teacher: the student's base model", dtype, facts.get('t5'))
+    pipe = m.load_pipeline(
+        base, "--teacher: the student's base model", dtype, facts.get('t5'), facts.get('base_lora'))
 else:
     pipe = m.load_student(folder, facts, dtype)
 if args.merge:
     if facts.get('lora'):
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-    part = 'unet' if hasattr(pipe, 'unet') else 'transformer'
+    family = m.family_of(pipe)
     facts |= dict(lora=None)
-    if one_file and part != 'unet':
+    if one_file and family is not m.SDXL:
         m.die(f'--merge {place}: one file is written of SDXL alone; give the name of a folder')
     with m.replacing(place) as tmp:
         if one_file:
-            save_file(original(pipe), tmp, m.modelspec(facts, part))
+            save_file(original(pipe), tmp, m.modelspec(facts, family))
         else:
             pipe.save_pretrained(tmp)
-            m.write_card(tmp, facts, part, folder.parent)
-            (tmp / 'student.json').write_text(json.dumps(facts, indent=1))
+            m.write_facts(tmp, facts, family, folder.parent)
     print(f'{place}: {folder} as {"one file" if one_file else f"a whole pipeline, {dtype}"}')
     if args.push_to_hub:
         print(f'{place}: uploaded to {push(place, args.push_to_hub)}')
@@ -243,7 +242,8 @@ def save(i, text, picture):
 @functools.cache
 def teacher():
     """The student's teacher, loaded when it is asked for."""
-    found = m.load_pipeline(base, "the student's base model", dtype, facts.get('t5'))
+    found = m.load_pipeline(
+        base, "the student's base model", dtype, facts.get('t5'), facts.get('base_lora'))
     found.set_progress_bar_config(disable=True)
     return found.to(device)
 

@@ -54,6 +54,11 @@ RECIPES = {
         model='stabilityai/stable-diffusion-3-medium-diffusers', lora=64, batch=32, micro=1,
         iters=4000, ttur=2, cfg=7., gan_weight=1e-2, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4,
         warmup=50, grad_checkpointing=True),
+    # rank and rates of LightX2V's 4-step adapters
+    'qwen': PHOTOS | dict(
+        model='Qwen/Qwen-Image', lora=32, lora_alpha=32., offload=True, batch=32, micro=1,
+        iters=1000, ttur=2, cfg=4., gan_weight=1e-2, student_lr=1e-4, fake_lr=2e-5, heads_lr=1e-4,
+        warmup=50, grad_checkpointing=True),
     'toy': TOY | dict(model='assets/toy/sdxl', student_lr=1e-4, fake_lr=4e-4),
     'toy-sd3': TOY | dict(model='assets/toy/sd3', lora=32, student_lr=1e-3, fake_lr=2e-3)}
 # DMD2's losses and weights, on a head, learning rate and clip of ours
@@ -82,12 +87,16 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
 flag = p.add_argument_group('models').add_argument
-flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
+flag('--model', help='teacher: an SDXL, SD3 or Qwen-Image pipeline, folder or hub id')
+flag('--base_lora', nargs='+', default=[], metavar=('FILE', 'weight'),
+     help='LoRA to merge into the teacher before anything else, at this weight; none: 1')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
 flag('--offload', action=yes_no, default=False, help='text encoders wait in main memory')
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag = p.add_argument_group('data').add_argument
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
+flag('--prompts_only', default='',
+     help='text file of prompts in the place of --data, a line each: no pictures, --gan none')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
 flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
 flag('--image_column', help='column of the pictures; empty: the one there is')
@@ -149,6 +158,8 @@ p.set_defaults(**RECIPES[recipe], out=m.default_out(1, given))
 m.give_way(p, 'data', 'data_files', 'image_column', 'text_column')
 chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
+if chosen.prompts_only:
+    p.set_defaults(gan='none')
 if chosen.gan == 'latent':
     p.set_defaults(gan_weight=DMD2['gan_weight'])
 if chosen.lora and not RECIPES[recipe].get('lora'):
@@ -190,9 +201,12 @@ planned = m.plan(args, out, device)
 m.check_sources(args)
 
 # -- data ------------------------------------------------------------------------------------------
-pictures = m.Pictures(                                      # of a size that the model will tell
-    args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
-    limit=args.data_limit)
+if args.prompts_only:
+    pictures = m.Prompts(args.prompts_only, args.seed)
+else:
+    pictures = m.Pictures(                                  # of a size that the model will tell
+        args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
+        limit=args.data_limit)
 if rank == 0:
     print(pictures.said, flush=True)
 
@@ -200,7 +214,7 @@ if rank == 0:
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
 began = time.time()
 dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32        # of what is frozen
-base = m.load_base(args.model, device, dtype, args.t5, args.offload)
+base = m.load_base(args.model, device, dtype, args.t5, args.offload, args.base_lora)
 schedule = base.schedule
 pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora

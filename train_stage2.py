@@ -72,6 +72,8 @@ RECIPES = {
 SD3 = dict(reward=['pickscore'], lrm='', rl_steps='all', beta=100.)
 RECIPES['sd3'] = RECIPES['sdxl'] | SD3 | dict(
     cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
+RECIPES['qwen'] = RECIPES['sdxl'] | SD3 | dict(
+    cfg=4., batch=32, ttur=2, student_lr=1e-4, fake_lr=2e-5, rl_lr=3e-5)
 RECIPES['toy-sd3'] = RECIPES['toy'] | SD3 | dict(
     iters=240, cooldown=60, student_lr=1e-4, fake_lr=5e-4, rl_lr=1e-4, save_every=120,
     sample_every=120, eval_every=120)
@@ -83,9 +85,9 @@ LORA_RATES = dict(
 GRPO = dict(rl_ratio=1, rl_steps='all')
 ADVDMD = dict(gan='latent', gan_weight=0., split=False, ttur=2, couple=1.)
 # what stage 1 hands on, if its args.json lies beside the student
-HANDED = ('offload sam data data_files image_column text_column data_limit prompts workers cfg '
-          'gan gan_weight gan_crop split ttur couple batch micro heads_lr grad_checkpointing '
-          'save_dtype fake_lora renoise rollout').split()
+HANDED = ('offload sam data data_files prompts_only image_column text_column data_limit prompts '
+          'workers cfg gan gan_weight gan_crop split ttur couple batch micro heads_lr '
+          'grad_checkpointing save_dtype fake_lora renoise rollout').split()
 
 p = m.parser(__doc__, RECIPES)
 flag = p.add_argument_group('what is run').add_argument
@@ -98,12 +100,16 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
 flag = p.add_argument_group('models').add_argument
-flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
+flag('--model', help='teacher: an SDXL, SD3 or Qwen-Image pipeline, folder or hub id')
+flag('--base_lora', nargs='+', default=[], metavar=('FILE', 'weight'),
+     help='LoRA to merge into the teacher before anything else, at this weight; none: 1')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
 flag('--offload', action=yes_no, default=False, help='text encoders wait in main memory')
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
 flag = p.add_argument_group('data').add_argument
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
+flag('--prompts_only', default='',
+     help='text file of prompts in the place of --data, a line each: no pictures, --gan none')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
 flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
 flag('--image_column', help='column of the pictures; empty: the one there is')
@@ -206,6 +212,7 @@ if adapters['rank']:
     p.set_defaults(**LORA_RATES.get(recipe, {}))
 p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
+    base_lora=origin.get('base_lora') or [],
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
 if chosen.rl == 'grpo':
     p.set_defaults(**GRPO)
@@ -213,7 +220,8 @@ if chosen.reward == ['discriminator']:
     p.set_defaults(**ADVDMD)
 if p.get_default('data') != RECIPES[recipe]['data']:
     p.set_defaults(real='', real_files='')
-m.give_way(p, 'data', 'data_files', 'image_column', 'text_column', 'real', 'real_files')
+m.give_way(p, 'data', 'data_files', 'image_column', 'text_column', 'real', 'real_files',
+           'prompts_only')
 m.give_way(p, 'real', 'real_files')
 args = p.parse_args()
 args.recipe, args.init = recipe, str(folder)
@@ -273,9 +281,12 @@ planned = m.plan(args, out, device)
 m.check_sources(args)
 
 # -- data ------------------------------------------------------------------------------------------
-pictures = m.Pictures(                                      # of a size that the model will tell
-    args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
-    limit=args.data_limit)
+if args.prompts_only:
+    pictures = m.Prompts(args.prompts_only, args.seed)
+else:
+    pictures = m.Pictures(                                  # of a size that the model will tell
+        args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
+        limit=args.data_limit)
 if rank == 0:
     print(pictures.said, flush=True)
 
@@ -283,7 +294,7 @@ if rank == 0:
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
 began = time.time()
 dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32        # of what is frozen
-base = m.load_base(args.model, device, dtype, args.t5, args.offload)
+base = m.load_base(args.model, device, dtype, args.t5, args.offload, args.base_lora)
 schedule = base.schedule
 pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
@@ -452,7 +463,8 @@ watched = m.read_prompts(args.prompts)
 near = R.near_prompts(args.prompts, len(watched))
 watched = watched[:args.eval_n]
 clip = scorers.get('clip')
-if clip and args.eval_every and rank == 0:
+photos = []                                            # none, and no CMMD, of --prompts_only alone
+if clip and args.eval_every and rank == 0 and (args.real or not args.prompts_only):
     photos = pictures
     if args.real:
         photos = m.Pictures(
@@ -499,7 +511,8 @@ def evaluate(it):
     row = {name: value.mean().item() for name, value in scores.items()}
     if clip:
         won = R.r_precision(clip, vectors, range(len(watched)), watched, near, args.seed)
-        row |= dict(rprecision=won.mean().item(), cmmd=R.cmmd(vectors, photos))
+        row |= dict(rprecision=won.mean().item())
+        row |= dict(cmmd=R.cmmd(vectors, photos)) if len(photos) else {}
     print(f'{it:5d}/{args.iters}  evaluation  '
           + '  '.join(f'{name} {value:.4f}' for name, value in row.items()), flush=True)
     with (out / 'eval.jsonl').open('a') as file:

@@ -71,9 +71,27 @@ def clip_text(width, layers):
         intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
         projection_dim=width)
 
+def qwen():
+    """Qwen-Image's, as diffusers has them by default, and Qwen2.5-VL-7B."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    text = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+            num_attention_heads=28, num_key_value_heads=4,
+            rope_scaling=dict(type='mrope', mrope_section=[16, 24, 24])),
+        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                           out_hidden_size=3584), tie_word_embeddings=False)
+    return dict(
+        transformer=QwenImageTransformer2DModel(), vae=AutoencoderKLQwenImage(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(text))
+
 def networks(family):
-    """SDXL-base's or SD3-Medium's networks by their places in a pipeline, random weights."""
+    """SDXL-base's, SD3-Medium's or Qwen-Image's networks by their places in a pipeline, random
+    weights."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+    if family == 'qwen':
+        return qwen()
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
     vae = AutoencoderKL(**VAE_OF[family])
     second = CLIPTextModelWithProjection(clip_text(1280, 32))
@@ -92,20 +110,23 @@ def meta_base(family):
     only; its text encoders)."""
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
     kind, tokens, width, pooled = dict(
-        sdxl=(m.SDXL, 77, 2048, 1280), sd3=(m.SD3, 333, 4096, 2048))[family]
-    scheduler = dict(sdxl=DDPMScheduler(), sd3=FlowMatchEulerDiscreteScheduler(shift=3.))[family]
+        sdxl=(m.SDXL, 77, 2048, 1280), sd3=(m.SD3, 333, 4096, 2048),
+        qwen=(m.QwenImage, 128, 3584, 128))[family]              # the last: a mask of the tokens
+    scheduler = DDPMScheduler() if family == 'sdxl' else FlowMatchEulerDiscreteScheduler(shift=3.)
     base = kind.__new__(kind)
     base.schedule = m.Schedule(scheduler)
     base.size = 1024
     base.device = torch.device('meta')
     base.autocast = contextlib.nullcontext                   # it does not know the meta device
-    base.latent_shape = (VAE_OF[family]['latent_channels'], 128, 128)
+    base.latent_shape = (4 if family == 'sdxl' else 16, 128, 128)
     with torch.device('meta'):
         parts = networks(family)
         base.teacher = parts.pop(base.part).to(torch.bfloat16)
         base.vae = parts.pop('vae').requires_grad_(False)
         base.uncond = [torch.empty(1, tokens, width, dtype=torch.bfloat16),
                        torch.empty(1, pooled, dtype=torch.bfloat16)]
+    if family == 'qwen':
+        base.vae.enable_gradient_checkpointing = lambda: m.checkpoint_decoder(base.vae)
     return base, parts
 
 def meta_student(base, lora):
@@ -185,7 +206,8 @@ def activations(family, lora=0, crop=1024, n=1, checkpointing=True, gan=True):
     nets = student, base.teacher, base.vae, disc
     before = [w for net in nets for w in net.parameters()] + list(student.buffers())
     attention = mock.patch.object(
-        F, 'scaled_dot_product_attention', lambda q, k, v, *a, **kw: Flash.apply(q, k, v))
+        F, 'scaled_dot_product_attention',
+        lambda query, key, value, *_, **how: Flash.apply(query, key, value))
     with attention, Live(before) as live:
         x0 = base.x0(student, x, t, y)
         z = base.x0(student, x, t, y)
@@ -222,7 +244,10 @@ def memory(args):
             ('SD3-Medium, `--lora 64`', 'sd3', dict(lora=64), (1,)),
             ('SD3-Medium, `--lora 64 --no-t5`', 'sd3', dict(lora=64, t5=False), (1,)),
             ('SD3-Medium, `--lora 64 --offload`', 'sd3', dict(lora=64, offload=True), (1,)),
-            ('SD3-Medium, all weights', 'sd3', {}, (8,))]:
+            ('SD3-Medium, all weights', 'sd3', {}, (8,)),
+            ('Qwen-Image, `--lora 32 --offload`', 'qwen', dict(lora=32, offload=True), (1,)),
+            ('Qwen-Image, `--lora 32 --offload --gan none`', 'qwen',
+             dict(lora=32, offload=True, gan='none'), (1,))]:
         for world in worlds:
             need, cut = (m.gigabytes(settings(family, gan_crop=crop, **flags), world, world, True)
                          for crop in (0, 512))
@@ -230,20 +255,21 @@ def memory(args):
             print(f'| {label} | {world} | {need["frozen"]:.1f} | {need["trained"]:.1f} | '
                   f'{need["activations"]:.1f} | {held + need["activations"]:.1f} | '
                   f'{held + cut["activations"]:.1f} | {need["state"]:.1f} |')
-    for name, used, counted in sizes():
+    for name, used, counted in sizes(families=m.SIZES):
         print(f'{name:46s} {used:8.3f} {counted:8.3f}', flush=True)
 
 # of a student update: pixels of the crop, samples, checkpointing, GAN
 UPDATES = [(1024, 1, True, 'pixel'), (512, 2, True, 'pixel'), (512, 1, True, 'pixel'),
            (1024, 1, False, 'pixel'), (1024, 1, True, 'none')]
 
-def sizes(updates=UPDATES):
+def sizes(updates=UPDATES, families=('sdxl', 'sd3')):
     """(name, as model.gigabytes has it, counted), in 1e9 parameters or GB; an iterator."""
-    for family, lora in ('sdxl', 0), ('sd3', 64):
-        size = m.SIZES[family]
+    for family in families:
+        size = dict(vae=m.VAE, look=m.LOOK) | m.SIZES[family]
+        lora = 0 if family == 'sdxl' else 64
         base, texts = meta_base(family)
         yield f'{family}: network', size['net'] / 1e9, count(base.teacher) / 1e9
-        yield f'{family}: VAE', m.VAE / 1e9, count(base.vae) / 1e9
+        yield f'{family}: VAE', size['vae'] / 1e9, count(base.vae) / 1e9
         t5 = count(texts.pop('text_encoder_3')) if 'text_encoder_3' in texts else 0
         yield f'{family}: T5', size['t5'] / 1e9, t5 / 1e9
         yield f'{family}: text encoders', size['texts'] / 1e9, count(*texts.values()) / 1e9
@@ -254,7 +280,7 @@ def sizes(updates=UPDATES):
                              checkpointing=checkpointing)
             used = m.gigabytes(flags, 1, 1, True)['activations']
             found = activations(family, lora, crop, n, checkpointing, gan == 'pixel')
-            found = max(found, m.LOOK + .4 * n)               # of a sample grid
+            found = max(found, size['look'] + .4 * n)         # of a sample grid
             yield (f'{family}: {gan} {crop} px, micro {n}, '
                    f'{"" if checkpointing else "no "}checkpointing', used, found)
     heads = meta_heads()

@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-    UNet2DConditionModel)
+    AutoencoderKL, AutoencoderKLQwenImage, DDPMScheduler, FlowMatchEulerDiscreteScheduler,
+    QwenImageTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel)
 from diffusers.loaders import single_file_utils as single_file
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard
@@ -39,7 +39,7 @@ from test_math import bare, family, normal
 
 PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
 
-@pytest.fixture(params=['sdxl', 'sd3'])
+@pytest.fixture(params=['sdxl', 'sd3', 'qwen'])
 def base(request):
     return family(request.param)
 
@@ -161,12 +161,13 @@ def test_three_samplers_agree(base, tmp_path, monkeypatch):
         assert torch.allclose(base.decode(x0), ours, atol=1e-4)
     import diffusers.schedulers.scheduling_flow_match_lcm as flow
     import diffusers.schedulers.scheduling_lcm as lcm
-    fresh = iter([*noise[:, 1:].unbind(1), noise[:, 0]])   # a flow's draws at its last step too
+    packed = [base.pack(x) for x in (*noise[:, 1:].unbind(1), noise[:, 0])]
+    fresh = iter(packed)                                   # a flow's draws at its last step too
     for module in (flow, lcm):
         monkeypatch.setattr(module, 'randn_tensor', lambda *a, **k: next(fresh))
     how = dict(sigmas=[1, .75, .5, .25]) if base.part == 'transformer' else {}
-    theirs = pipe(PROMPTS, latents=noise[:, 0], guidance_scale=0., output_type='pt',
-                  num_inference_steps=4, **how, **m.text_length(pipe)).images
+    theirs = pipe(PROMPTS, latents=packed[-1], output_type='pt', num_inference_steps=4, **how,
+                  **base.called(pipe, 0., 2)).images
     assert torch.allclose(pipe.scheduler.timesteps.float(), steps, atol=1e-3)
     assert torch.allclose(theirs, (ours / 2 + .5).clamp(0, 1), atol=2e-3)
 
@@ -280,7 +281,7 @@ def test_a_saved_lora_is_the_student_at_scale_one(base, tmp_path, alpha):
     student = adapted(base, alpha=alpha)
     lora = m.lora_config(base.teacher, 4, alpha, 'attention')
     pipe, facts = exported(base, tmp_path, lora, student)
-    without = {} if base.part == 'unet' else dict(text_encoder_3=None, tokenizer_3=None)
+    without = dict(text_encoder_3=None, tokenizer_3=None) if type(base) is m.SD3 else {}
     plain = diffusers.DiffusionPipeline.from_pretrained(base.name, **without)
     plain.load_lora_weights(tmp_path / 'student')
     at = place(base)
@@ -426,13 +427,13 @@ def test_a_student_has_a_card_whose_block_runs(name, students, monkeypatch, capf
 def test_the_card_names_the_licence_of_a_known_base(tmp_path):
     facts = dict(base_model='stabilityai/stable-diffusion-xl-base-1.0', recipe='sdxl', iteration=1,
                  prompts=['x'], steps=[999], lora=dict(rank=4))
-    m.write_card(tmp_path, facts, 'unet', tmp_path)
+    m.write_facts(tmp_path, facts, m.SDXL, tmp_path)
     head = ModelCard.load(tmp_path / 'README.md').data
     assert head.license == 'openrail++'
     assert head.base_model == facts['base_model']
     assert head.base_model_relation == 'adapter'
     facts |= dict(base_model='stabilityai/stable-diffusion-3.5-medium', lora=None)
-    m.write_card(tmp_path, facts, 'transformer', tmp_path)
+    m.write_facts(tmp_path, facts, m.SD3, tmp_path)
     head = ModelCard.load(tmp_path / 'README.md').data
     assert head.license_name == 'stabilityai-ai-community'
     assert facts['base_model'] in head.license_link
@@ -587,7 +588,9 @@ SIZES = {                                # parameters, network's configuration, 
         [1536] * 12),
     'SD3.5-Large': (8_056_627_520, MMDIT | dict(
         num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm='rms_norm'),
-        [2432] * 19)}
+        [2432] * 19),
+    'Qwen-Image, 4 of its 60 blocks': (
+        20_430_401_088 - 56 * 339_831_296, dict(num_layers=4), [3072] * 2)}
 
 def reward_of_that_size(base, net):
     """LatentReward around a network of that size, with text encoders in name only."""
@@ -601,15 +604,20 @@ def test_the_passes_of_an_iteration_at_full_size(name):
     """At 1024 px, without memory: shapes, dtypes, and all that is trained gets a gradient; of SDXL
     all weights, of SD3 adapters of rank 64."""
     count, config, channels = SIZES[name]
-    sdxl = name == 'SDXL'
-    c, tokens, width, pooled = (4, 77, 2048, 1280) if sdxl else (16, 333, 4096, 2048)
-    base = bare(
-        m.SDXL if sdxl else m.SD3, m.Schedule(DDPMScheduler() if sdxl else
-        FlowMatchEulerDiscreteScheduler(shift=3.)), 1024, 'meta', tokens, width, pooled)
+    sdxl, qwen = name == 'SDXL', 'Qwen' in name
+    kind, network, c, tokens, width, pooled = m.SD3, SD3Transformer2DModel, 16, 333, 4096, 2048
+    if sdxl:
+        kind, network, c, tokens, width, pooled = m.SDXL, UNet2DConditionModel, 4, 77, 2048, 1280
+    if qwen:                                                       # the last is its mask's
+        kind, network = m.QwenImage, QwenImageTransformer2DModel
+        tokens, width, pooled = 64, 3584, 64
+    base = bare(kind, m.Schedule(DDPMScheduler() if sdxl else FlowMatchEulerDiscreteScheduler(
+        shift=3.)), 1024, 'meta', tokens, width, pooled)
     with torch.device('meta'):
-        network = UNet2DConditionModel if sdxl else SD3Transformer2DModel
         net = base.teacher = network(**config)
         base.vae = AutoencoderKL(**VAE_OF['sdxl' if sdxl else 'sd3']).requires_grad_(False)
+        if qwen:
+            base.vae = AutoencoderKLQwenImage().requires_grad_(False)
         assert sum(w.numel() for w in net.parameters()) == count
         if not sdxl:
             net.requires_grad_(False)
@@ -632,9 +640,9 @@ def test_the_passes_of_an_iteration_at_full_size(name):
     with torch.no_grad():
         assert base.x0(base.teacher, z, t_s, y, 8.).shape == z.shape
         maps = base.features(net, z, t_s, y)
-        reward = reward_of_that_size(base, net)
-        assert reward.visual_projection.weight.shape == (1280, sum(channels))
-        assert reward(z, t_s, [torch.cat([v, v]) for v in y]).shape == (1,)
+        reward = None if qwen else reward_of_that_size(base, net)
+        assert qwen or reward.visual_projection.weight.shape == (1280, sum(channels))
+        assert qwen or reward(z, t_s, [torch.cat([v, v]) for v in y]).shape == (1,)
     assert base.channels(net) == [f.shape[1] for f in maps] == channels
     sides = [128, 64, 32, 32] if sdxl else [64] * len(channels)
     assert [f.shape[-1] for f in maps] == sides
@@ -763,7 +771,8 @@ REFUSED = [                                                   # command, what th
     ([*ONE, '--lora', 4, '--lora_targets', 'nothing'], '--lora_targets nothing: the network has'),
     ([*ONE, '--lora', 4, '--lora_targets', 'norm1'], 'norm1 is no linear layer or convolution'),
     ([*ONE, '--recipe', 'toy-sd3', '--t5'], '--t5: --model assets/toy/sd3 has no T5'),
-    ([*ONE, '--model', 'TMP/sd1'], 'StableDiffusionXLPipeline and StableDiffusion3Pipeline'),
+    ([*ONE, '--model', 'TMP/sd1'],
+     'StableDiffusionXLPipeline, StableDiffusion3Pipeline, QwenImagePipeline. Another'),
     ([*TWO, '--init', 'assets/toy/student', '--lora', 4], 'is one of --lora 32 and stays one'),
     ([*TWO, '--init', 'TMP/wide'], 'is of another base model'),
     ([*TWO, '--init', 'TMP/sound', '--reward', 'pickscore', '--pickscore', 'TMP/nowhere'],

@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import math
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch.distributions import Normal
 
+import miniatures
 import model as m
 from conftest import ROOT, alone, inside, rows, weights
 
@@ -33,8 +35,10 @@ T = torch.tensor
 
 @functools.cache
 def family(name):
-    """The toy SDXL or SD3, loaded once."""
-    return m.load_base(ROOT / 'assets/toy' / name)
+    """The toy SDXL or SD3 or the miniature of another family, loaded once."""
+    if (ROOT / 'assets/toy' / name).exists():
+        return m.load_base(ROOT / 'assets/toy' / name)
+    return m.load_base(miniatures.build(name, tempfile.mkdtemp()))
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

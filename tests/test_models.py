@@ -1,0 +1,282 @@
+"""
+One's own model: a base LoRA, prompts without pictures; and the families beside SDXL and SD3.
+
+    pytest tests/test_models.py
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import bench
+import model as m
+from conftest import ROOT, inside, refused, rows, weights
+from test_math import family, normal
+
+TOY = ROOT / 'assets/toy/sdxl'
+SHORT = ['--iters', 2, '--batch', 2, '--micro', 1, '--save_every', 2, '--sample_every', 0,
+         '--log_every', 1, '--workers', 0, '--warmup', 0, '--cooldown', 0, '--save_dtype',
+         'float32']
+
+def run(out, *command):
+    """Runs a script here; returns what it printed."""
+    done = inside(*command, '--out', out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+def drawn(file, *flags):
+    """The picture that sample.py draws, (H, W, 3)."""
+    run(file, 'sample.py', '--n', 1, '--prompt', 'a red star on blue', *flags)
+    return np.asarray(Image.open(file), int)
+
+# --------------------------------------------------------------------------------------------------
+# a LoRA of one's own, merged into the teacher
+
+@pytest.fixture(scope='module')
+def style(toy, tmp_path_factory):
+    """A folder of LoRA files of the toy SDXL, on attention and on the first text encoder: sound as
+    diffusers and as kohya name them, and bad ones."""
+    folder = tmp_path_factory.mktemp('style')
+    stream = torch.Generator().manual_seed(0)
+    layers = {f'unet.{k}': net for k, net in toy.teacher.named_modules() if k.endswith('.to_q')}
+    layers |= {f'text_encoder.{k}': net for k, net in toy.pipe.text_encoder.named_modules()
+               if k.endswith('layers.0.self_attn.q_proj')}
+    found = {}
+    for name, layer in layers.items():
+        out, into = layer.weight.shape
+        found[f'{name}.lora_A.weight'] = torch.randn(2, into, generator=stream)
+        found[f'{name}.lora_B.weight'] = torch.randn(out, 2, generator=stream) * .05
+    unet = {k: v for k, v in found.items() if k.startswith('unet.')}
+    first, *_ = unet
+    nan = {k: v * float('nan') if k == first else v for k, v in found.items()}
+    for name, tensors in dict(
+            sound=found, unet=unet, kohya=convert_state_dict_to_kohya(unet), nan=nan,
+            other={k.replace('unet.', 'transformer.'): v for k, v in unet.items()},
+            more=unet | {'unet.nowhere.to_q.lora_A.weight': torch.ones(2, 8),
+                         'unet.nowhere.to_q.lora_B.weight': torch.ones(8, 2)},
+            wide={k: torch.cat([v, v], 1) if 'lora_A' in k else v for k, v in unet.items()},
+            dora=unet | {first.replace('lora_A.weight', 'dora_scale'): torch.ones(8)}).items():
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f'{name}.safetensors')
+    (folder / 'short.safetensors').write_bytes((folder / 'sound.safetensors').read_bytes()[:300])
+    (folder / 'pickle.safetensors').write_bytes(b'\x80\x04.')
+    return folder
+
+def test_a_base_lora_is_merged_before_anything_else(toy, style):
+    """W + weight B A in the teacher and in copies of all weights, which are read anew; once in the
+    text encoder, whoever reads how often; kohya's names are the same file."""
+    tensors = load_file(style / 'sound.safetensors')
+    base = m.load_base(TOY, base_lora=[style / 'sound.safetensors', '.5'])
+    copied = base.trainable()
+    nets = {'unet.': [base.teacher, copied], 'text_encoder.': [base.pipe.text_encoder]}
+    plain = {'unet.': toy.teacher, 'text_encoder.': toy.pipe.text_encoder}
+    for prefix, found in nets.items():
+        for net in found:
+            assert {*net.state_dict()} == {*plain[prefix].state_dict()}
+            for k, w in plain[prefix].state_dict().items():
+                ends = [tensors.get(prefix + k.replace('weight', f'lora_{x}.weight')) for x in 'BA']
+                want = w if ends[0] is None else w + .5 * ends[0] @ ends[1]
+                assert torch.allclose(net.state_dict()[k], want, atol=1e-6), k
+    # by default the weight is 1
+    nets = [m.load_base(TOY, base_lora=[style / f'{name}.safetensors']).teacher.state_dict()
+            for name in ('unet', 'kohya')]
+    for k, w in nets[0].items():
+        assert torch.allclose(w, nets[1][k], atol=1e-6)
+    assert all(w.requires_grad and w.dtype == torch.float32 for w in copied.parameters())
+    assert not any(w.requires_grad for w in base.teacher.parameters())
+
+@pytest.fixture(scope='module')
+def distilled(style, tmp_path_factory):
+    """Stage 1 with adapters over a base LoRA whose file is gone afterwards, on prompts alone."""
+    folder = tmp_path_factory.mktemp('distilled')
+    file, prompts = folder / 'mine.safetensors', folder / 'prompts.txt'
+    shutil.copy(style / 'sound.safetensors', file)
+    prompts.write_text('a red star on blue\na green ring\n')
+    command = ['train_stage1.py', '--recipe', 'toy', *SHORT, '--lora', 4, '--base_lora', file, .8,
+               '--prompts_only', prompts]
+    said = run(folder / 'run', *command)
+    done = refused(*[.5 if x == .8 else x for x in command], '--out', folder / 'run')
+    assert f"holds a run of --base_lora ['{file}', '0.8'], not ['{file}', '0.5']" in done.stderr
+    file.rename(folder / 'moved')
+    return folder, said
+
+def test_prompts_alone_are_enough(distilled):
+    folder, said = distilled
+    assert 'prompts.txt: 2 prompts, no pictures' in said
+    assert '--gan none' in said
+    first, second = rows(folder / 'run')
+    assert any(k.startswith('dm/') for k in first) and 'fake' in second
+    assert {k.split('.')[0] for k in weights(folder / 'run', 2)} == {'student', 'fake'}
+
+def test_a_student_brings_its_base_lora(distilled, style, toy, tmp_path):
+    """sample.py, its teacher, its merged pipeline, plain diffusers by the card's lines and stage 2
+    have the LoRA beneath the student, from the student's own folder."""
+    folder, _ = distilled
+    student = folder / 'run/student'
+    card = (student / 'README.md').read_text()
+    assert str(folder) not in card and 'base_lora.safetensors`, at strength 0.8' in card
+    assert json.loads((student / 'student.json').read_text())['base_lora'] == [m.BASE_LORA, .8]
+    _, facts = m.find_student(str(folder / 'run'))
+    pipe = m.load_student(student, facts, torch.float32)
+    taught = m.load_base(TOY, base_lora=[style / 'sound.safetensors', .8])
+    lora = m.lora_config(taught.teacher, 4, 8., 'attention')
+    net = taught.trainable(lora)
+    m.restore_student(taught, net, student, lora)
+    x, t = normal(1, *toy.latent_shape), toy.schedule.steps(4)[1:2]
+    y = taught.encode(['a star'])
+    with torch.no_grad():
+        ours = taught.predict(net, x, t, y)
+        assert torch.allclose(taught.predict(pipe.unet, x, t, y), ours, atol=1e-4)
+        assert (toy.predict(toy.teacher, x, t, y) - ours).abs().max() > .01
+    ours = drawn(tmp_path / 'a.png', '--ckpt', student)
+    run(tmp_path / 'whole', 'sample.py', '--ckpt', student, '--merge', tmp_path / 'whole')
+    assert np.abs(drawn(tmp_path / 'b.png', '--ckpt', tmp_path / 'whole') - ours).max() <= 1
+    teacher = drawn(tmp_path / 'c.png', '--ckpt', tmp_path / 'whole', '--teacher', '--steps', 4)
+    plain = drawn(tmp_path / 'd.png', '--ckpt', 'assets/toy/student', '--teacher', '--steps', 4)
+    assert np.abs(teacher - plain).mean() > 1
+    said = run(tmp_path / 'e.json', 'evaluate.py', '--ckpt', student, '--teacher', '--n', 2,
+               '--teacher_steps', 2, '--metrics', 'clip')
+    assert 'sdxl with its base LoRA, 2 steps' in said
+    run(tmp_path / 'two', 'train_stage2.py', '--init', folder / 'run', *SHORT, '--eval_every', 2,
+        '--eval_n', 4, '--reward', 'pickscore', '--real', '')
+    told = json.loads((tmp_path / 'two/args.json').read_text())
+    assert told['base_lora'] == [str(student / m.BASE_LORA), .8]
+    assert told['prompts_only'] == str(folder / 'prompts.txt')
+    last = rows(tmp_path / 'two', 'eval.jsonl')[-1]
+    assert 'rprecision' in last and 'cmmd' not in last
+    assert (tmp_path / 'two/student' / m.BASE_LORA).exists()
+
+@pytest.mark.parametrize('flags, says', [
+    (['--base_lora', 'TMP/none.safetensors'], '--base_lora TMP/none.safetensors is not there'),
+    (['--base_lora', 'TMP'], 'or no file'),
+    (['--base_lora', 'TMP/sound.safetensors', 'much'], 'is not a file and one weight'),
+    (['--base_lora', 'TMP/sound.safetensors', 1, 2], 'is not a file and one weight'),
+    (['--base_lora', 'TMP/sound.safetensors', 'nan'], 'is not a file and one weight'),
+    (['--base_lora', 'TMP/short.safetensors'], 'is no plain LoRA in safetensors'),
+    (['--base_lora', 'TMP/pickle.safetensors'], 'is no plain LoRA in safetensors'),
+    (['--base_lora', 'TMP/other.safetensors'], 'it is of another base model'),
+    (['--base_lora', 'TMP/more.safetensors'], '14 of its 15 modules are there'),
+    (['--base_lora', 'TMP/wide.safetensors'], 'could not be merged'),
+    (['--base_lora', 'TMP/dora.safetensors'], 'dora_scale is of a DoRA'),
+    (['--base_lora', 'TMP/nan.safetensors'], 'could not be merged'),
+    (['--base_lora', 'assets/toy/sdxl/vae/diffusion_pytorch_model.safetensors'],
+     'it has no pairs of factors'),
+    (['--prompts_only', 'TMP/none.txt'], '--prompts_only TMP/none.txt cannot be read as text'),
+    (['--prompts_only', 'assets/prompts.txt', '--gan', 'pixel'], 'use --gan none')])
+def test_bad_input_is_one_sentence(flags, says, style, tmp_path):
+    flags = [str(x).replace('TMP', str(style)) for x in flags]
+    done = refused('train_stage1.py', '--recipe', 'toy', *flags, '--out', tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+    assert says.replace('TMP', str(style)) in done.stderr
+
+def test_offloaded_encoders_count_while_they_encode():
+    """A crop makes activations smaller than the encoders, which are on the card by turns."""
+    for family, billions in ('sd3', .818 + 4.762), ('qwen', 8.292):
+        flags = bench.settings(family, lora=64, offload=True, gan_crop=256)
+        assert m.gigabytes(flags, 1, 1, True)['activations'] == pytest.approx(2 * billions)
+
+# --------------------------------------------------------------------------------------------------
+# Qwen-Image
+
+PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
+
+@pytest.fixture(scope='module')
+def base():
+    return family('qwen')
+
+def test_guidance_is_the_pipelines_own_step(base):
+    """x0 of the teacher, guided and not, is where each of the pipeline's Euler steps leads: for
+    prompts of different lengths, alone and in a batch, where one is padded."""
+    noise = normal(2, *base.latent_shape)
+    for prompts, cfg in ((PROMPTS, 4.), (PROMPTS[1:], 4.), (PROMPTS, 1.)):
+        n = len(prompts)
+        seen = [base.pack(noise[-n:])]
+
+        def keep(pipe, k, t, found):
+            seen.append(found['latents'])
+            return {}
+
+        base.pipe(prompts, latents=seen[0], num_inference_steps=3, output_type='latent',
+                  callback_on_step_end=keep, **base.called(base.pipe, cfg, n))
+        sigmas = base.pipe.scheduler.sigmas
+        assert len(seen) == 4 and sigmas[0] == 1
+        y = base.encode(prompts)
+        for k, (x, end) in enumerate(zip(seen, seen[1:])):
+            theirs = x - sigmas[k] * (end - x) / (sigmas[k + 1] - sigmas[k])
+            t = (1000 * sigmas[k]).expand(n)
+            with torch.no_grad():
+                ours = base.x0(base.teacher, base.unpack(x), t, y, cfg)
+            assert torch.allclose(base.pack(ours), theirs, atol=1e-5)
+
+def test_the_teachers_row_is_the_pipelines_picture(base, group):
+    noise = normal(2, *base.latent_shape)
+    ours = base.teacher_samples(PROMPTS, noise, 3, 4., 1)
+    for prompt, x, picture in zip(PROMPTS, noise, ours):
+        theirs = base.pipe(prompt, negative_prompt=' ', true_cfg_scale=4., height=64, width=64,
+                           num_inference_steps=3, latents=base.pack(x[None]), output_type='pt')
+        assert torch.allclose((picture / 2 + .5).clamp(0, 1), theirs.images[0], atol=1e-4)
+
+def test_its_vae_without_cache_and_with_checkpoints(base):
+    """A picture is what a video's decoder makes of one frame; latents are the inverse's; block by
+    block checkpointed, the gradient is the same."""
+    z = normal(2, *base.latent_shape).requires_grad_()
+    mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in (
+        base.vae.config.latents_mean, base.vae.config.latents_std))
+    ours = base.decode(z)
+    theirs = base.vae.decode(z[:, :, None] * std + mean).sample[:, :, 0]
+    assert torch.allclose(ours.clamp(-1, 1), theirs, atol=1e-5)
+    found = (base.vae.encode(ours[:, :, None]).latent_dist.mean - mean) / std
+    assert torch.allclose(base.latents(ours), found[:, :, 0], atol=1e-5)
+    plain, = torch.autograd.grad(ours.square().sum(), z)
+    other = m.load_base(base.name)
+    other.vae.enable_gradient_checkpointing()
+    calls = []
+    hook = other.vae.decoder.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    again, = torch.autograd.grad(other.decode(z).square().sum(), z)
+    hook.remove()
+    assert len(calls) == 2                                    # once more for the backward pass
+    assert torch.allclose(plain, again, rtol=1e-4, atol=1e-6)
+
+def test_its_steps_are_shifted_by_the_number_of_tokens(base):
+    """As its own scheduler shifts them: 16 tokens here, 4096 at 1024 px."""
+    for tokens, schedule in ((16, base.schedule), (4096, m.Schedule(base.pipe.scheduler))):
+        mu = .5 + (tokens - 256) / (8192 - 256) * .4
+        assert schedule.shift == pytest.approx(math.exp(mu))
+        scheduler = type(base.pipe.scheduler).from_config(
+            base.pipe.scheduler.config, shift_terminal=None)
+        scheduler.set_timesteps(sigmas=[1, .75, .5, .25], mu=mu)
+        assert torch.allclose(schedule.steps(4), scheduler.timesteps, atol=1e-3)
+
+@pytest.fixture(scope='module')
+def qwen_run(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp('qwen') / 'run'
+    return out, run(out, 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--cfg', 4,
+                    '--lora', 4, '--grad_checkpointing', *SHORT)
+
+def test_every_script_takes_it(qwen_run, base, tmp_path):
+    """Both GANs, saved adapters, sampling, merging, rewards of pictures; no latent reward."""
+    out, said = qwen_run
+    assert 'steps [1000, 830, 619, 351]' in said
+    assert {'gan/d', 'fake', 'grad/gan'} <= rows(out)[-1].keys()
+    run(tmp_path / 'latent', 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name,
+        '--lora', 4, '--gan', 'latent', *SHORT, '--iters', 1)
+    assert rows(tmp_path / 'latent')[0]['grad/gan'] > 0
+    ours = drawn(tmp_path / 'a.png', '--ckpt', out)
+    run(tmp_path / 'whole', 'sample.py', '--ckpt', out, '--merge', tmp_path / 'whole')
+    assert np.abs(drawn(tmp_path / 'b.png', '--ckpt', tmp_path / 'whole') - ours).max() <= 1
+    drawn(tmp_path / 'c.png', '--ckpt', out, '--teacher', '--steps', 2)
+    card = (out / 'student/README.md').read_text()
+    assert 'true_cfg_scale=1).images' in card and 'FlowMatchLCMScheduler' in card
+    stage_2 = ['train_stage2.py', '--init', out, *SHORT, '--eval_every', 0]
+    run(tmp_path / 'two', *stage_2, '--reward', 'pickscore')
+    assert 'rl/loss' in rows(tmp_path / 'two')[-1]
+    done = refused(*stage_2, '--reward', 'latent', '--lrm', 'assets/toy/lrm_sd3', '--out', tmp_path)
+    assert done.returncode == 2 and '--reward pickscore reads pictures' in done.stderr
