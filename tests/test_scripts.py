@@ -646,7 +646,7 @@ def test_advdmd_resumes_bit_for_bit(adversarial, tmp_path):
     shutil.copytree(adversarial[0], tmp_path / 'run',
                     ignore=shutil.ignore_patterns('state-0000008'))
     _, done = second(tmp_path / 'run', *ADVERSARIAL)
-    assert 'from iteration 6' in done.stdout
+    assert 'of iteration 6' in done.stdout
     one, again = weights(adversarial[0], 8), weights(tmp_path / 'run', 8)
     assert one['logits.weight/real'].isfinite().sum() == 2 * 4 * 4
     assert equal(one, again)
