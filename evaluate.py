@@ -14,7 +14,8 @@ margin        CLIP score of the own prompt less the highest of those 31 others, 
 sharpness     deviation of the grey picture's Laplacian, of 255; noise counts as sharpness
 spectrum      distance to the pictures of --real (through --real_vae, if given) of the log energy by
               frequency, rms over six bands: texture that is missing or too much, noise as well
-cmmd, fid     distance to the pictures of --real by CLIP (2401.09603) or Inception (clean-fid)
+cmmd, fid     distance to the pictures of --real by --clip (2401.09603's formula; its own network
+              is openai/clip-vit-large-patch14-336) or by Inception (clean-fid)
 
 Pictures are kept in pictures/ beside --out and not made again, so a killed run goes on. Brackets
 are 95 % bootstrap intervals over the prompts. In FOLDER pictures are tied to prompts by a
@@ -26,7 +27,6 @@ there are as many pictures as lines); else by name order. The rule is printed.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import re
 import time
@@ -454,6 +454,9 @@ for label, row in (table | differences).items():
 for label, values in PAPER.get(recipe, {}).items():
     values = dict(zip(PUBLISHED, values))
     line(f'paper: {label}', *(values.get(name, '-') for name in args.metrics), '10,000 of COCO')
+if 'cmmd' in args.metrics and not args.clip.rstrip('/').endswith('-336'):
+    print(f'CMMD: by {args.clip}; the one of 2401.09603 is by {R.CLIP_L}-336 (--clip), on another '
+          'scale')
 for name, why in unavailable.items():
     print(f'{TITLES[name][0]}: {why}')
 for name, count in truncated.items():
@@ -475,8 +478,7 @@ with m.replacing(out) as tmp:
         settings=settings, rows=table, differences=differences, unavailable=unavailable,
         truncated=truncated, seconds=seconds,
         device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
-        versions={k: importlib.metadata.version(k) for k in ('torch', 'diffusers', 'transformers')}
-    ), indent=1))
+        **m.versions()), indent=1))
 print(out)
 m.gathered(None)
 m.leave()

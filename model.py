@@ -21,6 +21,7 @@ import faulthandler
 import fcntl
 import functools
 import glob
+import importlib.metadata
 import io
 import itertools
 import json
@@ -31,6 +32,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import textwrap
 import time
@@ -74,11 +76,11 @@ BAD_FILE = (OSError, ValueError, TypeError, LookupError, AttributeError, Runtime
             AssertionError, SafetensorError, pickle.UnpicklingError)
 
 @contextlib.contextmanager
-def sentence(words):
+def sentence(words, kinds=BAD_FILE):
     """Ends the run with `words` and the library's own reason where a file inside is a bad one."""
     try:
         yield
-    except BAD_FILE as error:
+    except kinds as error:
         reason = ' '.join(str(error).split())[:200]
         die(f'{words} ({reason or type(error).__name__})')
 
@@ -826,14 +828,14 @@ def student_pictures(base, net, steps, prompts, noise, micro):
     return torch.cat(found)
 
 def few_step_scheduler(scheduler):
-    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, or
-    for a flow Euler's with fresh noise at every step (give the pipeline's call sigmas =
-    (n, ..., 1) / n, which it shifts by itself). Of the base's own it takes the noise levels, and
-    none of the other settings: clipping, thresholding, spacing."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+    """The diffusers scheduler whose sampling is backward_simulation's, of n steps: LCM's, of a
+    flow with sigmas = (n, ..., 1) / n in the pipeline's call, which it shifts by itself. Of the
+    base's own it takes the noise levels, and none of the other settings: clipping, thresholding,
+    spacing."""
+    from diffusers import FlowMatchLCMScheduler, LCMScheduler
     schedule = Schedule(scheduler)
     if schedule.kind == 'flow':
-        return FlowMatchEulerDiscreteScheduler(shift=schedule.shift, stochastic_sampling=True)
+        return FlowMatchLCMScheduler(shift=schedule.shift)
     names = 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'rescale_betas_zero_snr'
     levels = {name: scheduler.config[name] for name in names if name in scheduler.config}
     if levels['beta_schedule'] not in ('linear', 'scaled_linear', 'squaredcos_cap_v2'):
@@ -862,7 +864,9 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     if type(pipe.scheduler).__name__ == 'LCMScheduler':
         own = Schedule(pipe.scheduler).steps(steps).long().tolist()
         how = dict(timesteps=own, guidance_scale=0.)
-    elif pipe.scheduler.config.get('stochastic_sampling'):
+    # the second: Euler's with fresh noise, the same sampler, of students up to November 2026
+    elif (type(pipe.scheduler).__name__ == 'FlowMatchLCMScheduler'
+          or pipe.scheduler.config.get('stochastic_sampling')):
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
         how['guidance_scale'] = 0.
         # SD3's pipeline does not hand its generators on to the scheduler
@@ -896,6 +900,104 @@ def whole_on_rank_0(tensors, dtype):
             found[name] = w.cpu()
     return found
 
+# the LoRA of an SDXL student under kohya's names, which ComfyUI and A1111 read
+COMFYUI = 'comfyui.safetensors'
+# base models whose licence is known, as model cards on the hub write it
+STABILITY = ('other\nlicense_name: stabilityai-ai-community\n'
+             'license_link: https://huggingface.co/{base}/blob/main/LICENSE.md')
+LICENCES = {'stabilityai/stable-diffusion-xl-': 'openrail++',
+            'stabilityai/stable-diffusion-3': STABILITY}
+
+@functools.cache
+def commit():
+    """The commit of this repository, with a + where its pages were edited; '' outside of git."""
+    try:
+        git = ['git', '-C', str(Path(__file__).resolve().parent)]
+        head, edits = (subprocess.run([*git, *words], capture_output=True, text=True, check=True,
+                                      timeout=20).stdout.strip()
+                       for words in (['rev-parse', 'HEAD'], ['status', '--porcelain', '*.py']))
+    except (OSError, subprocess.SubprocessError):
+        return ''
+    return head + ('+' if edits else '')
+
+def versions():
+    """What a result depends on beside its settings: this commit and the libraries' versions."""
+    names = 'torch', 'diffusers', 'transformers', 'peft'
+    return dict(commit=commit(), versions={k: importlib.metadata.version(k) for k in names})
+
+def modelspec(facts, part):
+    """A safetensors file's metadata, by which other tools know what it is for."""
+    kind = dict(unet='stable-diffusion-xl-v1-base', transformer='stable-diffusion-3')[part]
+    words = {
+        'sai_model_spec': '1.0.0', 'architecture': kind + ('/lora' if facts.get('lora') else ''),
+        'implementation': 'diffusers', 'title': f'Flash-DMD student of {facts["base_model"]}',
+        'description': f'{len(facts["steps"])} steps, no guidance (CFG 1), sampler LCM',
+        'date': time.strftime('%Y-%m-%d')}
+    return {'format': 'pt'} | {f'modelspec.{key}': value for key, value in words.items()}
+
+def snippet(facts, part):
+    """Lines of Python that draw with the student, started in its folder."""
+    base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
+    call, more, scheduler = f'num_inference_steps={steps}', '', 'LCMScheduler'
+    if part == 'transformer':
+        scheduler = 'FlowMatchLCMScheduler'
+        call = f'sigmas={[k / steps for k in range(steps, 0, -1)]}'
+        if facts.get('t5') is False:
+            more = ', text_encoder_3=None, tokenizer_3=None'
+            call += ', max_sequence_length=77'
+    names = f'DiffusionPipeline, {scheduler}' if lora else 'DiffusionPipeline'
+    lines = [
+        'import torch', f'from diffusers import {names}',
+        "student = '.'                                   # this folder, or its name on the hub",
+        'cuda = torch.cuda.is_available()', 'dtype = torch.float16 if cuda else torch.float32',
+        f'pipe = DiffusionPipeline.from_pretrained({repr(base) if lora else "student"}, '
+        f'dtype=dtype{more})']
+    if lora:
+        lines.append('pipe.load_lora_weights(student)')
+        lines.append(f"pipe.scheduler = {scheduler}.from_pretrained(student, "
+                     "subfolder='scheduler')")
+    lines.append("pipe.to('cuda' if cuda else 'cpu')")
+    lines.append(f'prompt = {facts["prompts"][0]!r}')
+    lines.append(f"pipe(prompt, {call}, guidance_scale=0).images[0].save('picture.png')")
+    return lines
+
+def write_card(folder, facts, part, run):
+    """The model card of the student in `folder`, and beside it the newest pictures and the settings
+    of its run, if `run` is the folder of one."""
+    base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
+    head = ['library_name: diffusers', 'pipeline_tag: text-to-image']
+    licence = next((words.format(base=base) for name, words in LICENCES.items()
+                    if base.startswith(name)), '')
+    if licence:
+        head.append(f'license: {licence}')
+    if hub_id(base) and not Path(base).exists():
+        head.append(f'base_model: {base}')
+        head.append(f'base_model_relation: {"adapter" if lora else "finetune"}')
+    tags = ['text-to-image', 'distillation'] + (['lora'] if lora else [])
+    head.append(f'tags: [{", ".join(tags)}]')
+    times = ', '.join(map(str, facts['steps']))
+    text = ['---', *head, '---', '', f'# {steps}-step student of {base}', '',
+            f'Distilled by Flash-DMD, in the open: recipe {facts["recipe"]}, iteration '
+            f'{facts["iteration"]}. It draws in {steps} steps, at t = {times}, without guidance.']
+    grids = sorted(run.glob('samples-*.png'))
+    if grids:
+        shutil.copyfile(grids[-1], folder / 'samples.png')
+        text += ['', '![pictures of the run](samples.png)']
+    text += ['', '```python', *snippet(facts, part), '```']
+    if lora and part == 'unet':
+        text += ['', f'ComfyUI, A1111: `{COMFYUI}` is the LoRA under their names, for strength 1; '
+                 f'sampler LCM, scheduler simple, {steps} steps, CFG 1.']
+    text += ['', "Licence: the base model's" + (
+        '.' if licence else ', which is not known here; add it before you publish.')]
+    if commit():
+        text += ['', f'Written by commit {commit()}.']
+    if (run / 'args.json').exists():
+        settings = json.loads((run / 'args.json').read_text())
+        # where things lie on this machine is nobody's business
+        settings = {k: v for k, v in settings.items() if not str(v).startswith(('/', '~'))}
+        text += ['', 'Settings of the run:', '', '```json', json.dumps(settings, indent=1), '```']
+    (folder / 'README.md').write_text('\n'.join(text) + '\n')
+
 def save_student(folder, base, student, steps, dtype, facts, lora=None):
     """Saves the student with a scheduler of its own: a pipeline folder, or of a LoRA student (lora:
     its LoraConfig) the adapters. dtype: of all weights, by name. student.json has facts (base
@@ -907,6 +1009,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
         tensors = whole_on_rank_0(student.state_dict(), dtype)
     if dist.get_rank():
         return
+    from diffusers.utils import convert_state_dict_to_kohya
     scheduler = few_step_scheduler(base.pipe.scheduler)
     facts = facts | dict(steps=steps.long().tolist())
     with replacing(folder) as tmp:
@@ -917,11 +1020,16 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             for name, w in tensors.items():
                 # alpha / rank goes into the second factor: at scale 1, whatever a loader does
                 w = w * (scale if 'lora_B' in name else 1)
-                adapters[name.replace('.default', '')] = w.to(dtype)
-            type(base.pipe).save_lora_weights(tmp, **{f'{base.part}_lora_layers': adapters})
-            scheduler.save_pretrained(tmp / 'scheduler')
+                name = f'{base.part}.{name.replace(".default", "")}'
+                adapters[name] = w.to(dtype).contiguous()
             targets = sorted(lora.target_modules)
             facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
+            words = modelspec(facts, base.part)
+            save_file(adapters, tmp / 'pytorch_lora_weights.safetensors', words)
+            if base.part == 'unet':                     # of SD3 they read diffusers' own names
+                names = convert_state_dict_to_kohya(adapters)
+                save_file({k: w.contiguous() for k, w in names.items()}, tmp / COMFYUI, words)
+            scheduler.save_pretrained(tmp / 'scheduler')
         else:
             with torch.device('meta'):
                 network = base.network.from_config(student.config)
@@ -934,6 +1042,7 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 if name == 'force_zeros_for_empty_prompt':
                     parts[name] = value
             type(base.pipe)(**parts).save_pretrained(tmp)
+        write_card(tmp, facts, base.part, Path(folder).parent)
         (tmp / 'student.json').write_text(json.dumps(facts, indent=1))
 
 def lora_file(folder, net, flag):
@@ -1036,9 +1145,14 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 def flush(*paths):
-    """Sees to it that files and folders are on the disk."""
+    """Sees to it that files and folders are on the disk, files with the mode that the umask gives
+    any other: safetensors' own are for nobody but their owner."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
+        if path.is_file():
+            os.fchmod(handle, 0o666 & ~mask)
         os.fsync(handle)
         os.close(handle)
 
@@ -1683,7 +1797,7 @@ class Log:
             kept = [x for x in lines if x.endswith('}') and json.loads(x)['iteration'] <= until]
             if kept != lines:
                 file.write_text(''.join(f'{x}\n' for x in kept))
-        (out / 'args.json').write_text(json.dumps(vars(args), indent=1))
+        (out / 'args.json').write_text(json.dumps(vars(args) | versions(), indent=1))
         if args.wandb:
             import wandb
             wandb.init(project=args.wandb, config=vars(args))

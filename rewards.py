@@ -7,9 +7,12 @@ Pixel-space rewards and metrics: one class per published model, on transformers'
 Scores carry gradients to the images. Weights are float32 and frozen; no checkpoint is unpickled.
 """
 
+import functools
+import html
 import math
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import torch
 import torch.nn as nn
@@ -225,6 +228,10 @@ class HPSv2(Clip):
         state = read(source, *self.files)
         self.keep(clip_of(from_open_clip(under(state, 'model.') or state)), source)
 
+    def tokens(self, texts):
+        # open_clip's tokenizer, with which it was trained, mends texts; transformers' does not
+        return super().tokens([html.unescape(html.unescape(ftfy.fix_text(x))) for x in texts])
+
 class HPSv20(HPSv2):
     """Version 2.0, whose numbers are not comparable with those of 2.1."""
     files = ('HPS_v2_compressed.pt',)
@@ -367,6 +374,7 @@ class Aesthetic(Reward):
         state = read(source, 'sac+logos+ava1-l14-linearMSE.pth', 'model.safetensors')
         self.head = chain(under(state, 'mlp.') or state)
         self.clip = Clip(clip)
+        self.clip.resize = functools.partial(fit, half=round)       # OpenAI's crop, as LAION's
 
     def score(self, images, prompts):
         return self.head(self.clip.embed_images(images))[:, 0]

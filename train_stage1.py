@@ -315,7 +315,7 @@ for it in range(start, args.iters + 1):
     if it > start and (it % args.save_every == 0 or stop):
         # the recipe tells stage 2 and evaluate.py which defaults are theirs
         facts = dict(base_model=args.model, recipe=recipe.removesuffix('-dmd2'), iteration=it,
-                     t5=args.t5, prompts=prompts)
+                     cfg=args.cfg, t5=args.t5, prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
             out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
     if stop:

@@ -496,8 +496,8 @@ for it in range(start, args.iters + 1):
         with torch.compiler.set_stance('force_eager'):
             evaluate(it)
     if it > start and (it % args.save_every == 0 or stop):
-        facts = dict(
-            base_model=args.model, recipe=recipe, iteration=it, t5=args.t5, prompts=prompts)
+        facts = dict(base_model=args.model, recipe=recipe, iteration=it, cfg=args.cfg, t5=args.t5,
+                     prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
             out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
     if stop:

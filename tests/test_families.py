@@ -4,11 +4,17 @@ SD3 beside SDXL, LoRA for both, and the sizes of the published models.
     pytest tests/test_families.py
 """
 
+import builtins
 import copy
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -17,7 +23,11 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
     UNet2DConditionModel)
+from diffusers.loaders import single_file_utils as single_file
+from diffusers.utils import convert_state_dict_to_kohya
+from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -108,6 +118,13 @@ def test_t5_can_be_left_away(tmp_path):
     for a, b in zip(whole.encode(PROMPTS), moved.encode(PROMPTS)):
         assert torch.equal(a, b)
 
+def test_half_of_one_block_is_that_block():
+    """What --gan latent looks at in a transformer of one block."""
+    base = family('sd3')
+    net = SD3Transformer2DModel.from_config(dict(base.teacher.config, num_layers=1))
+    found = base.features(net, *place(base))
+    assert [x.shape[1] for x in found] == base.channels(net) == [net.inner_dim]
+
 # --------------------------------------------------------------------------------------------------
 # both families' sampling
 
@@ -142,9 +159,9 @@ def test_three_samplers_agree(base, tmp_path, monkeypatch):
             if k < 3:
                 x = alpha[k + 1] * x0 + sigma[k + 1] * noise[:, k + 1]
         assert torch.allclose(base.decode(x0), ours, atol=1e-4)
-    import diffusers.schedulers.scheduling_flow_match_euler_discrete as flow
+    import diffusers.schedulers.scheduling_flow_match_lcm as flow
     import diffusers.schedulers.scheduling_lcm as lcm
-    fresh = iter([*noise[:, 1:].unbind(1), noise[:, 0]])   # Euler draws noise at its last step too
+    fresh = iter([*noise[:, 1:].unbind(1), noise[:, 0]])   # a flow's draws at its last step too
     for module in (flow, lcm):
         monkeypatch.setattr(module, 'randn_tensor', lambda *a, **k: next(fresh))
     how = dict(sigmas=[1, .75, .5, .25]) if base.part == 'transformer' else {}
@@ -277,9 +294,9 @@ def test_a_saved_lora_is_the_student_at_scale_one(base, tmp_path, alpha):
         assert torch.allclose(base.predict(again, *at), ours, atol=1e-5)
     assert (facts['lora']['rank'], facts['lora']['alpha']) == (4, alpha)
     kept = json.loads((tmp_path / 'student/scheduler/scheduler_config.json').read_text())
-    names = dict(unet='LCMScheduler', transformer='FlowMatchEulerDiscreteScheduler')
+    names = dict(unet='LCMScheduler', transformer='FlowMatchLCMScheduler')
     assert kept['_class_name'] == type(pipe.scheduler).__name__ == names[base.part]
-    assert kept.get('original_inference_steps') == 1000 or kept.get('stochastic_sampling')
+    assert kept.get('original_inference_steps', 1000) == 1000
 
 def in_half(base):
     """The base in bf16 under autocast, as on CUDA."""
@@ -315,6 +332,232 @@ def test_half_precision(base):
         assert torch.bfloat16 in {kinds[k] for k in before}
 
 # --------------------------------------------------------------------------------------------------
+# what others do with a student
+
+def python_blocks(text):
+    return re.findall(r'```python\n(.*?)```', text, re.S)
+
+BLOCKS = [block for page in ('README.md', 'assets/running.md', 'assets/results.md')
+          for block in python_blocks((ROOT / page).read_text())]
+
+@pytest.fixture(scope='session')
+def students(tmp_path_factory):
+    """Students as runs save them by default, in float16: out/stage1 of all weights and with
+    adapters, out/stage1-sd3; and what the published bases' names stand for."""
+    folder = tmp_path_factory.mktemp('students')
+    found = {'assets/toy': str(ROOT / 'assets/toy'), 'lora': str(folder / 'lora/student'),
+             'stabilityai/stable-diffusion-xl-base-1.0': str(ROOT / 'assets/toy/sdxl'),
+             'stabilityai/stable-diffusion-3-medium-diffusers': str(with_t5(folder / 'sd3')),
+             'out/stage1/student': str(folder / 'whole/student'),
+             'out/stage1-sd3/student': str(folder / 'flow/student')}
+    for name, path, rank in (('whole', ROOT / 'assets/toy/sdxl', 0),
+                             ('lora', ROOT / 'assets/toy/sdxl', 4), ('flow', folder / 'sd3', 4)):
+        base = m.load_base(path)
+        lora = m.lora_config(base.teacher, rank, rank, 'attention') if rank else None
+        (folder / name).mkdir()
+        (folder / name / 'args.json').write_text(json.dumps(dict(batch=64, out='/home/me')))
+        m.picture_grid([torch.zeros(1, 3, 8, 8)], ['x'], folder / name / 'samples-0000001.png')
+        facts = dict(base_model=str(path), iteration=3, recipe='toy', prompts=PROMPTS, t5=None)
+        with alone():
+            m.save_student(
+                folder / name / 'student', base, adapted(base, 4, 4.) if rank else base.teacher,
+                base.schedule.steps(4), 'float16', facts, lora)
+    return found
+
+def typed(code, folder, monkeypatch, capfd):
+    """Runs a block as a user would, in `folder`; what it said about schedulers or dtypes."""
+    monkeypatch.chdir(folder)
+    code = compile(code, 'block', 'exec')
+    builtins.exec(code, {})                                            # our own pages, not a file
+    said = capfd.readouterr()
+    return [line for line in (said.out + said.err).splitlines()
+            if 'config attributes' in line or 'Warning' in line or 'more than one' in line]
+
+@pytest.mark.parametrize('block', BLOCKS)
+def test_the_blocks_of_the_pages_run_and_draw_what_sample_does(
+        block, students, tmp_path, monkeypatch, capfd):
+    """As they stand but for paths, on students of the default --save_dtype; without a word on
+    foreign settings; the picture is that of sample.py from the same noise."""
+    adapters = 'load_lora_weights' in block
+    folder, = {name for name in re.findall(r"'((?:out|assets/toy)/[\w/-]*student)'", block)}
+    where = students['lora'] if adapters and folder == 'out/stage1/student' else None
+    where = where or students.get(folder) or str(ROOT / folder)
+    code = block.replace(folder, where)
+    for name in ('stabilityai/stable-diffusion-xl-base-1.0', 'assets/toy/sdxl',
+                 'stabilityai/stable-diffusion-3-medium-diffusers'):
+        code = code.replace(f"'{name}'", repr(students.get(name, str(ROOT / name))))
+    assert not typed(code, tmp_path, monkeypatch, capfd)
+    prompt, = re.findall(r"pipe\('(.+?)'", block)
+    monkeypatch.setattr(m, 'generator', lambda *key: torch.Generator().manual_seed(0))
+    assert inside('sample.py', '--ckpt', where, '--prompt', prompt, '--n', 1, '--out',
+                  f'{tmp_path}/ours/').returncode == 0
+    theirs, = tmp_path.glob('*.png')
+    a, b = (np.asarray(Image.open(file), int) for file in (theirs, tmp_path / 'ours/00000.png'))
+    assert a.std() > 1
+    assert np.abs(a - b).max() <= 1
+
+@pytest.mark.parametrize(
+    'script', ['train_stage1.py', 'train_stage2.py', 'sample.py', 'evaluate.py'])
+def test_the_commands_of_the_pages_have_flags_that_exist(script):
+    """In blocks, tables and sentences."""
+    known = {*re.findall(r'--[\w-]+', inside(script, '--help').stdout)}
+    found = {flag for page in ('README.md', 'assets/running.md', 'assets/results.md')
+             for command in re.findall(rf'{script} ([^`\n#]*)', (ROOT / page).read_text())
+             for flag in re.findall(r'(?<!\S)--[a-z][\w-]*', command)}
+    assert found and found <= known, found - known
+
+@pytest.mark.parametrize('name', ['out/stage1/student', 'lora', 'out/stage1-sd3/student'])
+def test_a_student_has_a_card_whose_block_runs(name, students, monkeypatch, capfd):
+    """In the student's own folder, as it stands; its head is what the hub reads."""
+    folder = Path(students[name])
+    text = (folder / 'README.md').read_text()
+    head = ModelCard(text).data
+    assert (head.library_name, head.pipeline_tag) == ('diffusers', 'text-to-image')
+    assert 'not known here' in text and '"batch": 64' in text and 'samples.png' in text
+    assert '/home/me' not in text
+    assert (folder / 'samples.png').exists()
+    block, = python_blocks(text)
+    before = listing(folder)
+    assert not typed(block, folder, monkeypatch, capfd)
+    assert Image.open('picture.png').size == (64, 64)
+    Path('picture.png').unlink()
+    assert listing(folder) == before
+
+def test_the_card_names_the_licence_of_a_known_base(tmp_path):
+    facts = dict(base_model='stabilityai/stable-diffusion-xl-base-1.0', recipe='sdxl', iteration=1,
+                 prompts=['x'], steps=[999], lora=dict(rank=4))
+    m.write_card(tmp_path, facts, 'unet', tmp_path)
+    head = ModelCard.load(tmp_path / 'README.md').data
+    assert head.license == 'openrail++'
+    assert head.base_model == facts['base_model']
+    assert head.base_model_relation == 'adapter'
+    facts |= dict(base_model='stabilityai/stable-diffusion-3.5-medium', lora=None)
+    m.write_card(tmp_path, facts, 'transformer', tmp_path)
+    head = ModelCard.load(tmp_path / 'README.md').data
+    assert head.license_name == 'stabilityai-ai-community'
+    assert facts['base_model'] in head.license_link
+
+def test_comfyui_finds_every_module_at_full_size(students):
+    """By its published rule, lora_unet_<diffusers' name with _>; alpha is the rank, so scale 1."""
+    with torch.device('meta'):
+        net = UNet2DConditionModel(**UNET)
+    lora = m.lora_config(net, 4, 8., 'attention')
+    net.add_adapter(lora)
+    ours = {f'unet.{k.replace(".default", "")}': w for k, w in m.trained(net).items()}
+    found = convert_state_dict_to_kohya(ours)
+    modules = {k.rsplit('.lora_', 1)[0].removeprefix('unet.') for k in ours}
+    assert len(modules) == 560
+    assert found.keys() == {
+        f'lora_unet_{k.replace(".", "_")}.{end}' for k in modules
+        for end in ('lora_up.weight', 'lora_down.weight', 'alpha')}
+    file = Path(students['lora'], m.COMFYUI)
+    small = load_file(file)
+    assert {v.item() for k, v in small.items() if k.endswith('alpha')} == {4}
+    with safe_open(file, 'pt') as opened:
+        words = opened.metadata()
+    assert words['modelspec.architecture'] == 'stable-diffusion-xl-v1-base/lora'
+    assert not Path(students['out/stage1-sd3/student'], m.COMFYUI).exists()
+
+def test_one_file_in_the_original_layout(students, tmp_path):
+    """diffusers' loader of such files gives back every network of a merged student."""
+    student, file = students['lora'], tmp_path / 'x.safetensors'
+    assert inside('sample.py', '--ckpt', student, '--merge', file).returncode == 0
+    done = refused('sample.py', '--ckpt', students['out/stage1-sd3/student'], '--merge', f'{file}2'
+                   '.safetensors')
+    assert done.returncode == 2 and 'of SDXL alone' in done.stderr
+    merged = m.load_student(*m.find_student(student), torch.float32)
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    again = diffusers.StableDiffusionXLPipeline.from_single_file(
+        str(file), config=str(ROOT / 'assets/toy/sdxl'), dtype=torch.float32)
+    for part in ('unet', 'vae', 'text_encoder', 'text_encoder_2'):
+        ours, theirs = (getattr(pipe, part).state_dict() for pipe in (merged, again))
+        assert ours.keys() == theirs.keys()
+        for k, w in ours.items():
+            assert torch.equal(w.half().float(), theirs[k].float()), (part, k)
+
+def test_the_original_layout_at_full_size(students, tmp_path):
+    """SDXL's UNet and VAE under the names that diffusers' converters undo."""
+    done = inside('sample.py', '--ckpt', students['lora'], '--merge', tmp_path / 'whole')
+    with torch.device('meta'):
+        nets = bench.networks('sdxl')
+    scheduler = DDPMScheduler(prediction_type='v_prediction')
+    pipe = SimpleNamespace(scheduler=scheduler, **nets)
+    found = done.page['original'](pipe)
+    assert 'v_pred' in found and 'ztsnr' not in found
+    first = 'model.diffusion_model.'
+    for name in ('input_blocks.4.1.transformer_blocks.1.attn1.to_q.weight',
+                 'input_blocks.3.0.op.bias', 'output_blocks.2.2.conv.weight', 'label_emb.0.2.bias',
+                 'output_blocks.5.2.conv.weight', 'middle_block.1.proj_in.weight'):
+        assert first + name in found
+    assert found['conditioner.embedders.1.model.text_projection'].shape == (1280, 1280)
+    back = single_file.convert_ldm_unet_checkpoint(dict(found), dict(pipe.unet.config))
+    assert back.keys() == pipe.unet.state_dict().keys()
+    vae = single_file.convert_ldm_vae_checkpoint(dict(found), dict(pipe.vae.config))
+    assert {k: w.shape for k, w in vae.items()} == {
+        k: w.shape for k, w in pipe.vae.state_dict().items()}
+
+def test_single_pictures_and_their_text(students, tmp_path):
+    """evaluate.py ties them by the prompt inside; other files in the folder are a sentence."""
+    where = f'{tmp_path}/pictures/'
+    command = ['sample.py', '--ckpt', students['lora'], '--n', 2, '--seed', 5, '--out', where]
+    assert inside(*command).returncode == 0
+    info = [Image.open(tmp_path / f'pictures/0000{i}.png').info['parameters'] for i in range(2)]
+    assert info[1].startswith(
+        f'{PROMPTS[1]}\nSteps: 4, Sampler: LCMScheduler, CFG scale: 0, Seed: 5')
+    done = inside('evaluate.py', '--images', where, '--recipe', 'toy', '--metrics', 'clip', '--out',
+                  tmp_path / 'x.json')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'by the prompt inside each' in done.stdout
+    assert 'has files in it' in refused(*command).stderr
+
+def test_a_page_to_try_the_student_on(students, monkeypatch):
+    """Without gradio a sentence; with it, by a stand-in of the two calls that are made, pictures
+    that sample.py draws, on this machine alone."""
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    command = ['sample.py', '--ckpt', students['lora'], '--serve']
+    assert '--serve needs gradio: pip install gradio' in refused(*command).stderr
+    made = []
+
+    class Interface:
+        def __init__(self, draw, **how):
+            self.draw = draw
+
+        def launch(self, server_name, server_port):
+            assert (server_name, server_port) == ('127.0.0.1', 7860)
+            made.extend(self.draw('a red star on white', 3, 4, beside) for beside in (False, True))
+
+    parts = {name: lambda *value, **how: None for name in (
+        'Textbox', 'Number', 'Slider', 'Checkbox', 'Image')}
+    monkeypatch.setitem(sys.modules, 'gradio', SimpleNamespace(Interface=Interface, **parts))
+    assert inside(*command).returncode == 0
+    (first, none, _), (again, teacher, words) = made
+    assert none is None and first == again != teacher
+    assert re.fullmatch('student: 4 steps, .* s, teacher: 50 steps, .* s', words)
+
+def test_an_upload(students, monkeypatch):
+    """Private where it is new; offline or not logged in it is one sentence."""
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **how):
+            calls.append(how)
+            return f'https://huggingface.co/{name}'
+
+        def upload_folder(self, **how):
+            calls.append(how)
+
+    command = ['sample.py', '--ckpt', students['lora'], '--push_to_hub', 'me/x']
+    done = refused(*command)
+    assert done.returncode == 2
+    assert '--push_to_hub me/x' in done.stderr and 'hf auth login' in done.stderr
+    assert done.stderr.count('\n') == 1
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    assert 'uploaded to https://huggingface.co/me/x' in inside(*command).stdout
+    assert calls[0]['private']
+    assert str(calls[1]['folder_path']) == students['lora']
+
+# --------------------------------------------------------------------------------------------------
 # the published models' own sizes, on the meta device
 
 def test_the_plan_has_the_right_sizes():
@@ -348,7 +591,6 @@ SIZES = {                                # parameters, network's configuration, 
 
 def reward_of_that_size(base, net):
     """LatentReward around a network of that size, with text encoders in name only."""
-    from types import SimpleNamespace
     base.pipe = SimpleNamespace(components={})
     text = nn.Module()
     text.config = SimpleNamespace(projection_dim=1280)

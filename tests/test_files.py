@@ -631,6 +631,22 @@ def test_files_reach_the_disk_before_their_names(group, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # other files
 
+@pytest.mark.parametrize('mask, mode', [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_every_file_has_the_umasks_mode(mask, mode, toy, group, tmp_path):
+    """Those of a state, of a student of all weights and of a LoRA student."""
+    lora = m.lora_config(toy.teacher, 2, 2., 'attention')
+    before = os.umask(mask)
+    try:
+        save(tmp_path, 10, *pieces()[1:])
+        for name, net, how in ('a', toy.teacher, None), ('b', toy.trainable(lora), lora):
+            m.save_student(tmp_path / name, toy, net, toy.schedule.steps(4), 'float16',
+                           dict(base_model='x', recipe='toy', iteration=1, prompts=['x']), how)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob('*') if file.is_file()]
+    assert len([file for file in files if file.suffix == '.safetensors']) >= 6
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
 @pytest.mark.parametrize('kind', ['file', 'folder'])
 def test_a_failed_write_leaves_the_old_one(kind, tmp_path):
     path = tmp_path / 'x.json'
@@ -817,7 +833,7 @@ def same_sampler(schedule, few, monkeypatch):
     assert few.timesteps.tolist() == steps.tolist()
     noise = torch.randn(4, 2, 4, 8, 8, generator=stream)
     fresh = iter(noise)
-    for module in ('lcm', 'flow_match_euler_discrete'):
+    for module in ('lcm', 'flow_match_lcm'):
         monkeypatch.setattr(f'diffusers.schedulers.scheduling_{module}.randn_tensor',
                             lambda *a, **k: next(fresh))
     monkeypatch.setattr(torch, 'randn_like', lambda *a, **k: next(fresh))
@@ -837,8 +853,8 @@ def test_exported_student_is_the_same_sampler_in_plain_diffusers(
     our sampler's picture."""
     import diffusers.schedulers.scheduling_lcm as lcm
     steps = toy.schedule.steps(4)
-    m.save_student(
-        tmp_path / 'student', toy, toy.teacher, steps, 'float32', dict(base_model='x'))
+    facts = dict(base_model='x', recipe='toy', iteration=1, prompts=['a star'])
+    m.save_student(tmp_path / 'student', toy, toy.teacher, steps, 'float32', facts)
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'student')
     stream = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, *toy.latent_shape, generator=stream)
@@ -853,7 +869,7 @@ def test_exported_student_is_the_same_sampler_in_plain_diffusers(
     assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
     assert torch.allclose(theirs, ours, atol=2e-3)
     saved = json.loads((tmp_path / 'student/student.json').read_text())
-    assert saved == dict(base_model='x', steps=[999, 749, 499, 249])
+    assert saved == facts | dict(steps=[999, 749, 499, 249])
 
 def test_sdxl_conditioning_is_diffusers(toy):
     """Unconditional embeddings are zeros, and base.predict is the pipeline's own UNet call."""

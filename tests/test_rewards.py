@@ -274,12 +274,15 @@ def test_clip_and_pickscore_are_transformers(name, small, hf_clip):
 def test_hpsv2_is_open_clip(small):
     model, tokenize = small_open_clip(), open_clip.get_tokenizer('ViT-H-14')
     _, xs = pictures(*SIZES)
-    ids = tokenize(PROMPTS)
+    odd = ['\u201ccurly\u201d quotes\u2019 end', 'salt &amp;amp; pepper &lt;3', 'sch\u00c3\u00b6n', '', '\uff21\uff22 wide',
+           '\u4e2d\u6587 \ud83e\udd8a'.encode('utf-16', 'surrogatepass').decode('utf-16'), 'tab\tand\nline  ']
+    ids = tokenize(PROMPTS + odd)
     assert small['hpsv2'].clip.config.vision_config.image_size == 56
-    ours = small['hpsv2'].tokens(PROMPTS)['input_ids']
+    ours = small['hpsv2'].tokens(PROMPTS + odd)['input_ids']
     for a, b in zip(ids, ours):
         n = int(a.argmax()) + 1
         assert torch.equal(a[:n], b[:n])
+    ids = ids[:len(PROMPTS)]
     pixels = torch.cat([r.normal(r.letterbox(x, 56)) for x in xs])
     cosine = (model.encode_image(pixels, normalize=True) * model.encode_text(ids, normalize=True)).sum(-1)
     assert cosine.std() > .05 and torch.allclose(scores(small['hpsv2'], xs), cosine, atol=1e-5)
@@ -434,8 +437,10 @@ def test_imagereward_is_the_papers_formula(small):
 def test_aesthetic_is_a_linear_head_on_the_unit_embedding(small, hf_clip):
     w = random_state(mlp_layout(128, 'layers.'))
     _, xs = pictures(*SIZES)
+    xs = [*xs, torch.rand(1, 3, 56, 59)]
     for x in xs:
-        y = hf_clip.visual_projection(hf_clip.vision_model(r.normal(r.fit(x, 56))).pooler_output)[0]
+        pixels = r.normal(r.fit(x, 56, round))                                      # OpenAI's crop rounds
+        y = hf_clip.visual_projection(hf_clip.vision_model(pixels).pooler_output)[0]
         y = y / y.norm()
         for i in (0, 2, 4, 6, 7):
             y = affine(w, f'layers.{i}', y)

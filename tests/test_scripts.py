@@ -173,6 +173,9 @@ def test_what_a_run_leaves_behind(plain):
     assert names >= {
         'args.json', 'log.jsonl', 'curves.png', 'samples-0000000.png', 'samples-0000004.png',
         'state-0000002', 'state-0000004', 'student'}
+    args = json.loads((plain / 'args.json').read_text())
+    assert {'torch', 'diffusers'} <= args['versions'].keys() and 'commit' in args
+    assert '"batch": 4' in (plain / 'student/README.md').read_text()
     lines = rows(plain)
     for key in ('fake', 'gan/d', 'gan/g', 'gan/real', 'gan/made', 'grad/dm', 'grad/gan',
                 'norm/student', 'seconds', 'memory', 'dropped', 'data/broken', 'data/cut'):
@@ -280,12 +283,17 @@ def test_sample_teacher_prompt_and_prompts_file(tmp_path):
     """And a prompt of 100,000 characters is cut, in the text encoder and under the picture."""
     (tmp_path / 'p.txt').write_text('a red circle on blue\n\na green ring on black\n')
     (tmp_path / 'long.txt').write_text('a red circle on blue ' * 5_000)
-    for flags in (['--teacher', '--steps', 3, '--cfg', 2], ['--prompts', tmp_path / 'p.txt'],
-                  ['--prompt', 'a red star on white'], ['--prompts', tmp_path / 'long.txt']):
+    for flags, said in (
+            (['--teacher'], '50 steps of EulerDiscreteScheduler, guidance 3.0'),
+            (['--teacher', '--steps', 3, '--cfg', 2], '3 steps of EulerDiscreteScheduler, guida'
+             'nce 2.0'),
+            (['--prompts', tmp_path / 'p.txt'], ''), (['--prompt', 'a red star on white'], ''),
+            (['--prompts', tmp_path / 'long.txt'], '')):
         (tmp_path / 's.png').unlink(missing_ok=True)
-        well(inside(
+        done = well(inside(
             'sample.py', '--ckpt', STUDENT, *flags, '--n', 2, '--out', tmp_path / 's.png'))
         assert Image.open(tmp_path / 's.png').size[1] < 400
+        assert said in done.stdout
 
 def test_sample_finds_the_newest_run(plain, tmp_path):
     """A true start, from another folder."""
@@ -337,6 +345,8 @@ def test_evaluate_does_not_depend_on_batch_or_ranks(evaluated, tmp_path):
     assert len(one['rows']) == 2
     assert one['rows'].keys() == two['rows'].keys()
     assert one['settings'] == two['settings']
+    assert 'torch' in one['versions'] and 'commit' in one
+    assert "CMMD: by assets/toy/clip; the one of 2401.09603 is by" in evaluated[2]
     for label, row in one['rows'].items():
         other = two['rows'][label]
         assert row['rprecision'] == other['rprecision']
@@ -794,6 +804,8 @@ BAD = [
     ('sample.py', ['--steps', 1001], '--steps 1001'),
     ('sample.py', ['--out', 'TMP/notes'], '--out TMP/notes is a folder'),
     ('sample.py', ['--merge', 'TMP/new', '--teacher'], '--merge is for a student'),
+    ('sample.py', ['--push_to_hub', 'a/b', '--merge', 'TMP/a.safetensors'], 'uploads a folder'),
+    ('sample.py', ['--out', 'TMP/notes/'], '--out TMP/notes/ has files in it'),
     ('sample.py', ['--ckpt', 'TMP/student_types'], '--ckpt TMP/student_types is damaged'),
     ('sample.py', ['--teacher', '--ckpt', 'TMP/student_lost'], '--teacher: the student'),
     ('evaluate.py', ['--n', 100000], '--n 100000'),
@@ -866,7 +878,7 @@ def test_more_ranks_than_gpus(monkeypatch, capsys):
         assert ('--nproc_per_node: 2 ranks' in said) == (rank == '0')
         assert said.count('\n') == (rank == '0')
 
-@pytest.mark.parametrize('script', [*SCRIPTS[1:3], *SCRIPTS[4:], 'tests/make_toy.py',
+@pytest.mark.parametrize('script', [*SCRIPTS[1:3], *SCRIPTS[4:6], 'tests/make_toy.py',
                                     'tests/bench.py'])
 def test_help(script):
     done = well(inside(script, '--help'))
