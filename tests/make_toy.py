@@ -816,23 +816,24 @@ def make_data():
         return buffer.getvalue()
 
     def prompts(folder, name, n, seed, unseen):
-        """n captions, and for each a line of 16 captions that differ from it in one attribute."""
+        """n captions, and for each a line of 16 captions that differ from it in one attribute. Those of shapes are all
+        different; those of the world, which has 130 of one thing, come as often as in training."""
         rng = np.random.default_rng([seed, 99])
         scenes = {}
         for i in itertools.count():
             scene = draw_scene(np.random.default_rng([seed, i]), unseen)
-            scenes.setdefault(caption(scene), scene)
+            scenes.setdefault((caption(scene), i if args.world else 0), scene)
             if len(scenes) == n:
                 break
-        lines = ['\t'.join(rng.permutation(sorted(set(neighbours(s)) - {c}))[:16]) for c, s in scenes.items()]
-        (folder / f'{name}.txt').write_text('\n'.join(scenes) + '\n')
+        lines = ['\t'.join(rng.permutation(sorted(set(neighbours(s)) - {c}))[:16]) for (c, _), s in scenes.items()]
+        (folder / f'{name}.txt').write_text('\n'.join(c for c, _ in scenes) + '\n')
         (folder / f'{name}.hard.txt').write_text('\n'.join(lines) + '\n')
 
     def build(folder):
         folder.mkdir(parents=True)
-        parquet(folder / 'train.parquet', 2500, 1)
-        parquet(folder / 'test.parquet', 512, 2)
-        prompts(folder, 'prompts', 256, 3, unseen=False)
+        parquet(folder / 'train.parquet', min(args.pictures, 2500), 1)
+        parquet(folder / 'test.parquet', min(args.pictures, 2048 if args.world else 512), 2)
+        prompts(folder, 'prompts', 1024 if args.world else 256, 3, unseen=False)
         prompts(folder, 'prompts_unseen', 256, 4, unseen=True)
 
     finish(build, 'data')
@@ -865,21 +866,27 @@ def make_tokenizer(folder, pad):
 # ---------------------------------------------------------------------------------------------------------------------
 # AutoencoderKL
 
+def laplacian(x):
+    kernel = torch.tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]], device=x.device)
+    return F.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
+
 def sharpness(x):
     """The standard deviation of the grey pictures' Laplacian, (B,)."""
-    kernel = torch.tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]], device=x.device)
-    return F.conv2d(x.mean(1, keepdim=True), kernel[None, None]).std((1, 2, 3))
+    return laplacian(x.mean(1, keepdim=True)).std((1, 2, 3))
 
-def energies(x):
-    """What texture is made of: the mean magnitude over 8 x 8 pixels of 32 random filters without a
-    mean, at two scales. Errors in place cost nothing here, so that detail need not be averaged
-    away: a loss of pixels alone halves the sharpness."""
-    g = torch.Generator().manual_seed(0)
-    filters = torch.randn(32, 3, 5, 5, generator=g)
-    filters = filters - filters.mean((2, 3), keepdim=True)
-    filters = (filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(x.device)
-    for scale, size in ((x, 8), (F.avg_pool2d(x, 2), 4)):
-        yield F.avg_pool2d(F.conv2d(scale, filters, padding=2).abs(), size, size // 2)
+def texture_loss(y, x):
+    """How far the energies of texture are from the real ones', 1 where y has none: magnitudes of 32
+    random filters of the Laplacian, at two scales, averaged over 8 x 8 pixels. An error in place
+    costs nothing here, so that detail need not be averaged away: a loss of pixels alone halves the
+    sharpness. The Laplacian whitens; without it the filters saw coarse contrast alone."""
+    filters = torch.randn(32, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(x.device)
+    value = 0
+    for size in (8, 4):
+        made, real = (F.avg_pool2d(F.conv2d(laplacian(z), filters).abs(), size, size // 2)
+                      for z in (y, x))
+        value = value + F.l1_loss(made, real) / real.mean() / 2
+        y, x = F.avg_pool2d(y, 2), F.avg_pool2d(x, 2)
+    return value
 
 def make_vae():
     from diffusers import AutoencoderKL
@@ -891,7 +898,7 @@ def make_vae():
         mid_block_add_attention=True)
 
     def loss(nets, i, g):
-        x = to_pixels(images[torch.randint(len(images), (16,), generator=g).sort().values.numpy()])
+        x = to_pixels(images[torch.randint(len(images), (8 if args.world else 16,), generator=g).sort().values.numpy()])
         with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):                   # a quarter faster on 2 cores
             posterior = nets['vae'].encode(x).latent_dist
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(DEVICE)
@@ -899,8 +906,8 @@ def make_vae():
         mse, kl = F.mse_loss(y, x), posterior.kl().mean() / z[0].numel()
         value, info = F.l1_loss(y, x) + 2 * mse + 1e-4 * kl, dict(psnr=-10 * torch.log10(mse / 4), kl=kl)
         if args.world:
-            texture = sum(F.l1_loss(a, b) for a, b in zip(energies(y), energies(x)))
-            value = value + texture
+            texture = texture_loss(y, x)
+            value = value + .3 * texture
             info |= dict(texture=texture, sharp=sharpness(y).mean() / sharpness(x).mean())
         return value, info
 
