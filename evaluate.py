@@ -67,7 +67,7 @@ PAPER = dict(
           'Flash-DMD stage 2': ['1.0035', '0.2346', '-', '12.84']},
     sd3={'SD3-Medium, 28 steps, CFG 7': ['1.0173'], 'Flash-DMD stage 1, 32 x 4000': ['1.0193']})
 
-p = m.parser(__doc__)
+p = m.parser(__doc__, RECIPES)
 flag = p.add_argument
 flag('--ckpt', nargs='+', default=[],
      help='runs or student pipelines, a row each; none: newest of out/stage[12]*, else shipped')

@@ -16,12 +16,14 @@ import contextlib
 import copy
 import csv
 import ctypes
+import difflib
 import errno
 import faulthandler
 import fcntl
 import functools
 import glob
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -57,9 +59,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+HERE = Path(__file__).absolute().parent
 
 # --------------------------------------------------------------------------------------------------
-# errors
+# flags and errors
 
 def die(message, alone=False):
     """Ends the run with one sentence for the user and exit code 2: one line per machine, as all
@@ -84,17 +89,81 @@ def sentence(words, kinds=BAD_FILE):
         reason = ' '.join(str(error).split())[:200]
         die(f'{words} ({reason or type(error).__name__})')
 
-def parser(doc):
-    """An ArgumentParser: the script's docstring as help, no abbreviated flags, one-line errors."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage='%(prog)s [--flag value ...], see --help')
+# flags of diffusers' own scripts, and what they are here
+THEIRS = dict(
+    train_batch_size='--batch, of all ranks together', max_train_steps='--iters',
+    gradient_accumulation_steps='--micro, what a rank takes at once of its share of --batch',
+    learning_rate='--student_lr, --fake_lr and --heads_lr', lr_warmup_steps='--warmup',
+    output_dir='--out', pretrained_model_name_or_path='--model', dataset_name='--data',
+    train_data_dir='--data', caption_column='--text_column', checkpointing_steps='--save_every',
+    gradient_checkpointing='--grad_checkpointing', guidance_scale='--cfg', rank='--lora',
+    num_inference_steps='--steps', num_train_epochs='--iters', report_to='--wandb PROJECT',
+    validation_prompt='--prompts FILE', dataloader_num_workers='--workers',
+    resume_from_checkpoint='none: the same command again resumes',
+    mixed_precision='none: bf16 on CUDA, fp32 elsewhere', resolution="none: it is the model's")
+
+class Parser(argparse.ArgumentParser):
+    """argparse's for a page: its docstring as help, with each recipe's default of a flag, no
+    abbreviated flags, errors in one sentence. recipes: {name: table of defaults}."""
+
+    def __init__(self, doc, recipes):
+        super().__init__(
+            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False, usage='%(prog)s [--flag value ...]')
+        self.recipes = recipes
+
+    def format_help(self):
+        tables = self.recipes or {'': {}}
+        for action in self._actions:
+            shown = {}                                          # {value: the recipes that have it}
+            for name, table in tables.items():
+                value = table.get(action.dest, action.default)
+                if value not in (None, '', [], argparse.SUPPRESS):
+                    value = ' '.join(value) if isinstance(value, list) else str(value)
+                    shown.setdefault(value, []).append(name)
+            words = [value if len(names) == len(tables) else f'{", ".join(names)}: {value}'
+                     for value, names in shown.items()]
+            if words:
+                action.help = f'{action.help} [{"; ".join(words)}]'.replace('%', '%%')
+        return super().format_help()
+
+    def parse_args(self, *args, **kwargs):
+        """Paths of this repository's assets, from wherever the page was started."""
+        found = super().parse_args(*args, **kwargs)
+        for name, value in vars(found).items():
+            if isinstance(value, str) and value.startswith('assets/') and not Path(value).exists():
+                setattr(found, name, str(HERE / value))
+        return found
+
+    def error(self, message):
+        flags = [name for action in self._actions for name in action.option_strings]
+        for word in message.split() if message.startswith('unrecognized') else ():
+            if word.startswith('-'):
+                name = word.split('=')[0]
+                theirs = THEIRS.get(name.strip('-').replace('-', '_'))
+                near = difflib.get_close_matches(name, flags, 1)
+                hint = f"; here that is {theirs}" if theirs else ''
+                hint = hint or (f'; did you mean {near[0]}?' if near else '; see --help')
+                die(f'there is no flag {name}{hint}')
+        die(f'{message}; see --help')
+
+def parser(doc, recipes=None):
+    """The Parser of a page, from whose first line on Ctrl-C and SIGTERM end in one sentence."""
+    sys.excepthook = last_words
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return Parser(doc, recipes or {})
 
 def give_way(p, flag, *others):
     """The defaults of `others` belong to the default of --flag: they become '' in the
     ArgumentParser p where the command line names another."""
     if vars(p.parse_known_args()[0])[flag] != p.get_default(flag):
         p.set_defaults(**dict.fromkeys(others, ''))
+
+def settings(args):
+    """What is written down of args: {flag: value}, assets of this repository as from its folder."""
+    assets = f'{HERE}/assets/'
+    return {name: value.removeprefix(f'{HERE}/') if str(value).startswith(assets) else value
+            for name, value in vars(args).items()}
 
 def at_least(args, **least):
     """Ends with a sentence for the first flag below its least value, or nan or infinite."""
@@ -303,6 +372,44 @@ def load_network(name, kind, part):
         return of_any_variant(kind, name, subfolder=part, dtype=torch.float32)
     return kind.from_single_file(str(name), subfolder=part, dtype=torch.float32, **beside(name))
 
+def check_sources(args):
+    """Ends with one sentence that names all that a training script's run lacks: repositories of the
+    hub that are neither here nor to be had, with their licences, and the library of --wandb."""
+    if not Path(args.model).exists() and not hub_id(args.model):
+        die(f'--model {args.model} does not exist')
+    words = []
+    if args.wandb and not importlib.util.find_spec('wandb'):
+        words.append('--wandb needs wandb: pip install wandb')
+    kinds = [('model', 'model'), ('data', 'dataset')]
+    if getattr(args, 'reward', '') == 'latent':
+        kinds.append(('lrm', 'model'))
+    for flag, kind in kinds if dist.get_rank() == 0 else ():
+        name = '/'.join(vars(args)[flag].split('/')[:2])               # lrm: owner/name/subfolder
+        if not Path(vars(args)[flag]).exists() and hub_id(name):
+            words.append(unreachable(f'--{flag} {name}', name, kind))
+    words = '; '.join(filter(None, gathered(words)[0]))
+    if words:
+        die(f'{words}. --recipe toy needs no network')
+
+def unreachable(what, name, kind):
+    """Why a repository of the hub is neither here nor to be had, '' if it is. kind: 'model' or
+    'dataset'."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    with contextlib.suppress(Exception):
+        hub.snapshot_download(name, repo_type=kind, local_files_only=True)
+        return ''
+    page = f'https://huggingface.co/{"datasets/" if kind == "dataset" else ""}{name}'
+    try:
+        hub.HfApi().auth_check(name, repo_type=kind)
+        return ''
+    except GatedRepoError:
+        return f'{what}: accept its licence at {page}, then `hf auth login`'
+    except RepositoryNotFoundError:
+        return f'{what}: there is no {page}, or it is private: `hf auth login`'
+    except Exception:                                  # offline, a proxy, the hub's own trouble
+        return f'{what} is not on this machine, and {page} cannot be reached'
+
 def hub_id(name):
     """Whether a name that is no path can be one on the Hugging Face hub, owner/name."""
     return str(name).count('/') == 1 and str(name)[0] not in './~'
@@ -453,8 +560,8 @@ class Base:
     def teacher_samples(self, prompts, noise, steps, cfg, micro):
         """The teacher's pictures by its own scheduler, `micro` at a time: noise (B, C, h, w) ->
         (B, 3, H, W). Every rank calls it, as the teacher may be sharded."""
-        found = []
-        for k in range(0, len(prompts), micro):
+        found, began = [], time.time()
+        for k in bar(range(0, len(prompts), micro), "the teacher's pictures"):
             latents = noise[k:k + micro].to(self.device, self.teacher.dtype)
             with self.on_device():
                 z = self.pipe(
@@ -462,6 +569,8 @@ class Base:
                     height=self.size, width=self.size, latents=latents, output_type='latent',
                     **text_length(self.pipe)).images
             found.append(self.pictures(z.float()))
+        if dist.get_rank() == 0:
+            print(f"the teacher's pictures: {steps} steps, {time.time() - began:.1f} s", flush=True)
         return torch.cat(found)
 
     def features(self, net, xt, t, y):
@@ -1208,9 +1317,8 @@ def read_prompts(path, flag='--prompts', blank=False):
     return prompts
 
 def quiet():
-    """No progress bars, warnings and retry reports from the Hugging Face libraries; their errors
-    become sentences."""
-    import datasets
+    """No warnings, retry reports and progress bars from the Hugging Face libraries, but for those
+    of downloads, on one rank; their errors become sentences."""
     import diffusers
     import huggingface_hub
     import transformers
@@ -1218,8 +1326,8 @@ def quiet():
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        huggingface_hub.utils.enable_progress_bars()               # transformers' turned them off
     # torch.compile's, of diffusers' own code
     warnings.filterwarnings('ignore', message='.*lru_cache')
 
@@ -1255,10 +1363,13 @@ def launch(minutes):
     return rank, world, device
 
 def last_words(kind, error, trace):
-    """sys.excepthook: another rank's end, a full disk and data that is gone are known ends, and a
-    sentence. At a normal exit the process group would wait for those who are gone."""
+    """sys.excepthook: Ctrl-C, another rank's end, a full disk and data that is gone are known ends,
+    and a sentence. At a normal exit the process group would wait for those who are gone."""
     words = ''
-    if isinstance(error, Unreadable):
+    if isinstance(error, KeyboardInterrupt):
+        words = ('told to stop; what was saved is whole, and the same command goes on from '
+                 'there, or begins anew')
+    elif isinstance(error, Unreadable):
         words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         words = (f'{error.filename or "--out"}: {error.strerror}, by the disk, a quota or the '
@@ -1268,8 +1379,32 @@ def last_words(kind, error, trace):
                  'the last save, if there is one')
     if not words:
         return sys.__excepthook__(kind, error, trace)
-    print(f'error: rank {dist.get_rank()}: {words}', file=sys.stderr, flush=True)
+    rank = f'rank {dist.get_rank()}: ' if dist.is_initialized() else ''
+    if isinstance(error, KeyboardInterrupt):
+        print(f'\n{words}', flush=True)
+        os._exit(130)
+    print(f'error: {rank}{words}', file=sys.stderr, flush=True)
     os._exit(2)
+
+def hear():
+    """From here on Ctrl-C and SIGTERM do not end the process, but put an entry into the list that
+    is returned. A second Ctrl-C does; torchrun repeats the first to its ranks at once, which is
+    none."""
+    told = []
+
+    def note(number, frame):
+        if not told:
+            told.append(time.time())
+            if dist.get_rank() == 0:                   # not by print(), which may be at work itself
+                os.write(1, b'told to stop: the iteration is finished and saved; Ctrl-C once more '
+                            b'ends at once\n')
+        elif number == signal.SIGINT and time.time() > told[0] + 3:
+            os.write(2, b'error: ended at once; the last save stays\n')
+            os._exit(130)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note)
+    return told
 
 def leave():
     """Ends the process, and well. Not by a usual exit: what is left of the group in sharded
@@ -1468,7 +1603,7 @@ def gigabytes(args, world, here, cuda):
         frozen += few * 2.05e9 if args.reward == 'latent' else 3.9e9
     activations = 0
     if counted:
-        dear = 0 if args.checkpointing else 1
+        dear = 0 if args.grad_checkpointing else 1
         kept = size.kept[dear]
         area = (args.gan_crop / 1024) ** 2 if args.gan_crop else 1
         judged = kept + PICTURE[dear] * area * (args.gan == 'pixel')
@@ -1519,8 +1654,6 @@ def default_recipe(parser, recipes):
 def plan(args, out, device):
     """Prints what a run with these settings takes, beside what there is; ends with a sentence where
     it cannot fit, but for --force. Returns GB a rank, as far as they are counted."""
-    if not Path(args.model).exists() and not hub_id(args.model):
-        die(f'--model {args.model} does not exist')
     world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     need = gigabytes(args, world, here, device.type == 'cuda')
     total = need['frozen'] + need['trained'] + need['activations']
@@ -1623,7 +1756,7 @@ def save_state(out, it, args, weights, opts, last, save_student):
             save_student()
             if rank == 0:
                 files = {name: entry for name, entry, _ in entries}
-                state = dict(iteration=it, args=vars(args), files=files)
+                state = dict(iteration=it, args=settings(args), files=files)
                 (tmp / 'state.json').write_text(json.dumps(state, indent=1))
                 flush(tmp / 'state.json', tmp)
                 os.replace(tmp, tmp.with_suffix(''))
@@ -1669,7 +1802,7 @@ def damage(state):
     try:
         files = json.loads((state / 'state.json').read_text())['files']
         odd = sorted({file.name for file in state.glob('*.safetensors')} ^ files.keys())
-        for name in sorted(files)[rank::world] if not odd else ():
+        for name in bar(sorted(files)[rank::world] if not odd else (), f'{state}: checksums'):
             if [(state / name).stat().st_size, crc(state / name)] != files[name]:
                 odd = [name]
         found = f'{odd[0]} is not what was written' if odd else ''
@@ -1688,7 +1821,7 @@ def newest_state(folder, flag='--out', own=True):
             break
         damaged.append(state)
         if dist.get_rank() == 0:
-            print(f'{state} is damaged ({wrong})', flush=True)
+            print(f'{state} is damaged ({wrong}): the one before it, if there is one', flush=True)
     if damaged and not sound:
         die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
     for state in damaged if own and dist.get_rank() == 0 else ():
@@ -1700,12 +1833,15 @@ def newest_state(folder, flag='--out', own=True):
 def find_state(out, args):
     """The newest sound state of this run, or None. Ends with a sentence where --out holds another
     run or a finished one; settings that differ from the saved ones are printed."""
+    saved = states_of(out)
+    if saved and dist.get_rank() == 0:
+        print(f'resuming {saved[-1]}, of iteration {iteration_of(saved[-1])}', flush=True)
     state = newest_state(out)
     if state is None:
         return None
     with sentence(f'{state} is not a state of this script; choose another --out'):
         saved = json.loads((state / 'state.json').read_text())
-        old, new = saved['args'], vars(args)
+        old, new = saved['args'], settings(args)
         if ('rl_ratio' in old) != ('rl_ratio' in new):
             die(f'--out {out} holds a run of the other stage; choose another --out')
         for key in ('model', 'lora'):
@@ -1786,6 +1922,7 @@ class Log:
         self.file = out / 'log.jsonl'
         self.device, self.args = device, args
         self.seen, self.clock = {}, time.time()
+        self.begin, self.last = (start, time.time()), start
         self.dropped = self.in_a_row = 0
         self.data = Counter()                     # TROUBLE with the data, of this rank
         if dist.get_rank():
@@ -1797,10 +1934,10 @@ class Log:
             kept = [x for x in lines if x.endswith('}') and json.loads(x)['iteration'] <= until]
             if kept != lines:
                 file.write_text(''.join(f'{x}\n' for x in kept))
-        (out / 'args.json').write_text(json.dumps(vars(args) | versions(), indent=1))
+        (out / 'args.json').write_text(json.dumps(settings(args) | versions(), indent=1))
         if args.wandb:
             import wandb
-            wandb.init(project=args.wandb, config=vars(args))
+            wandb.init(project=args.wandb, config=settings(args))
 
     def __call__(self, name, value):
         value = torch.as_tensor(value, device=self.device, dtype=torch.float32)
@@ -1824,8 +1961,9 @@ class Log:
         return ', '.join(f'{found[reason]} {reason}' for reason in TROUBLE if found[reason])
 
     def write(self, it):
-        """The only place where metrics leave the device."""
-        if it % self.args.log_every:
+        """The only place where metrics leave the device: every --log_every iterations, and after
+        the first of a run."""
+        if it % self.args.log_every and it > 1:
             return
         for reason in TROUBLE:
             self(f'data/{reason}', self.data[reason] * dist.get_world_size())
@@ -1833,13 +1971,16 @@ class Log:
         values = torch.stack([torch.stack(self.seen[name]).mean() for name in names])
         dist.all_reduce(values)
         row = dict(zip(names, (values / dist.get_world_size()).tolist()))
-        seconds = (time.time() - self.clock) / self.args.log_every
-        self.seen, self.clock = {}, time.time()
+        seconds = (time.time() - self.clock) / (it - self.last)
+        self.seen, self.clock, self.last = {}, time.time(), it
         if dist.get_rank():
             return
         shown = {name: value for name, value in row.items() if not name.startswith('data/')}
         text = '  '.join(f'{name} {value:.4f}' for name, value in shown.items())
-        print(f'{it:5d}/{self.args.iters}  {text}  {seconds:.2f} s/it', flush=True)
+        start, began = self.begin
+        left = (time.time() - began) / (it - start) * (self.args.iters - it)
+        speed = f'{seconds:.2f} s/it, {span(left)} left'
+        print(f'{it:5d}/{self.args.iters}  {text}  {speed}', flush=True)
         row = dict(iteration=it) | row | dict(
             seconds=seconds, dropped=self.dropped, memory=peak(self.device))
         with self.file.open('a') as file:
@@ -1847,6 +1988,16 @@ class Log:
         if self.args.wandb:
             import wandb
             wandb.log(row, step=it)
+
+def span(seconds):
+    """A time to read: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 6000 else f'{seconds / 3600:.1f} h'
+
+def bar(items, words):
+    """items, with a progress bar on rank 0's terminal, gone when they are."""
+    return tqdm(items, words, leave=False, disable=dist.get_rank() > 0 or None)
 
 def curves(log, path):
     """Draws every column of a log.jsonl against the iteration, a panel each, as a PNG."""
@@ -1994,7 +2145,10 @@ class Pictures:
 
     def __init__(self, source, files, image_column, text_column, size, seed, flag='--data', limit=0,
                  captioned=True):
+        import datasets                            # not in quiet(): it costs sample.py a second
         quiet()
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
         self.name = f'{flag} {source}'
         self.size = size
         self.seed = seed

@@ -21,7 +21,6 @@ Running the same command again resumes. out/stage1, or out/stage1-RECIPE, gets s
 
 import argparse
 import faulthandler
-import signal
 import time
 from types import SimpleNamespace
 
@@ -49,11 +48,11 @@ RECIPES = {
     'sdxl': PHOTOS | dict(
         model='stabilityai/stable-diffusion-xl-base-1.0', batch=64, micro=1, iters=1000, cfg=8.,
         gan_weight=1e-2, student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, warmup=50,
-        checkpointing=True),
+        grad_checkpointing=True),
     'sd3': PHOTOS | dict(
         model='stabilityai/stable-diffusion-3-medium-diffusers', lora=64, batch=32, micro=1,
         iters=4000, ttur=2, cfg=7., gan_weight=1e-2, student_lr=3e-5, fake_lr=3e-5, heads_lr=1e-4,
-        warmup=50, checkpointing=True),
+        warmup=50, grad_checkpointing=True),
     'toy': TOY | dict(model='assets/toy/sdxl', student_lr=1e-4, fake_lr=4e-4),
     'toy-sd3': TOY | dict(model='assets/toy/sd3', lora=32, student_lr=1e-3, fake_lr=2e-3)}
 # DMD2's losses and weights, on a head, learning rate and clip of ours
@@ -63,8 +62,8 @@ RECIPES |= {'sdxl-dmd2': RECIPES['sdxl'] | DMD2, 'toy-dmd2': RECIPES['toy'] | DM
 LORA_RATES = dict(
     sdxl=dict(student_lr=5e-5, fake_lr=5e-5), toy=dict(student_lr=1e-3, fake_lr=2e-3))
 
-p = m.parser(__doc__)
-flag = p.add_argument
+p = m.parser(__doc__, RECIPES)
+flag = p.add_argument_group('what is run').add_argument
 flag('--recipe', choices=['', *RECIPES], default='',
      help='table of defaults; empty: sdxl where the cards of this machine hold it, else toy')
 flag('--out', help='folder of the run; the same command resumes. Default: out/stage1, or with '
@@ -72,10 +71,12 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
+flag = p.add_argument_group('models').add_argument
 flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
 flag('--offload', action=yes_no, default=False, help='text encoders wait in main memory')
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
+flag = p.add_argument_group('data').add_argument
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
 flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
@@ -83,6 +84,7 @@ flag('--image_column', help='column of the pictures; empty: the one there is')
 flag('--text_column', help='column of the captions (a.b: nested); empty: by the usual names')
 flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
 flag('--workers', type=int, default=2, help='threads per rank that read pictures; 0: the main one')
+flag = p.add_argument_group('method').add_argument
 flag('--steps', type=int, default=4, help="the student's sampling steps")
 flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
 flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
@@ -95,6 +97,7 @@ flag('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) st
 flag('--lora', type=int, default=0, help='rank of adapters on the teacher; 0: train all weights')
 flag('--lora_alpha', type=float, default=0., help='adapters are scaled by this / rank; 0: 2 x rank')
 flag('--lora_targets', default='attention', help="ends of module names, with commas")
+flag = p.add_argument_group('optimisation').add_argument
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
 flag('--micro', type=int, help='prompts per forward on one rank; gradients accumulate')
@@ -103,11 +106,12 @@ flag('--fake_lr', type=float, help='AdamW learning rate of the fake score')
 flag('--heads_lr', type=float, help='AdamW learning rate of the discriminator heads')
 flag('--warmup', type=int, default=0, help='iterations of linear learning-rate warm-up')
 flag('--cooldown', type=int, default=0, help='last iterations, in which they fall linearly to 0')
-flag('--checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
+flag('--grad_checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
 flag('--cpu_offload', action=yes_no, default=False,
      help='weights that are trained and their moments wait in main memory; without --lora')
 flag('--compile', action=yes_no, default=False, help='torch.compile for all but text encoders')
 flag('--seed', type=int, default=0, help='seed of the run')
+flag = p.add_argument_group('the run: saves, pictures, log').add_argument
 flag('--save_every', type=int, default=250, help='iterations between saves')
 flag('--save_dtype', choices=['float16', 'bfloat16', 'float32'], default='float16',
      help="of student/'s weights")
@@ -142,6 +146,8 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
+if rank == 0:
+    print(f'recipe {recipe}: {args.model} -> {args.out}, {world} x {device.type}', flush=True)
 if args.cpu_offload and args.lora:
     m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
 args.micro = min(args.micro, max(1, args.batch // world))
@@ -150,25 +156,30 @@ if args.batch % (world * args.micro):
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
+prompts = m.read_prompts(args.prompts)[:8]
+m.check_sources(args)                                       # what is to be fetched, and wandb
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
 for left in out.glob('[!.]*') if args.check and rank == 0 else ():
     m.remove(left)
 state = m.find_state(out, args)
 start = m.iteration_of(state)
-if rank == 0:
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration '
-          f'{start}')
 planned = m.plan(args, out, device)
-began = time.time()
-told = []                                      # SIGTERM: the iteration is finished, then a save
-signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+
+# -- data ------------------------------------------------------------------------------------------
+pictures = m.Pictures(                                      # of a size that the model will tell
+    args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
+    limit=args.data_limit)
+if rank == 0:
+    print(pictures.said, flush=True)
 
 # -- networks --------------------------------------------------------------------------------------
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
+began = time.time()
 dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32        # of what is frozen
 base = m.load_base(args.model, device, dtype, args.t5, args.offload)
 schedule = base.schedule
+pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
@@ -178,11 +189,11 @@ m.load_trained(nets['fake'], m.trained(nets['student']))
 gan = args.gan != 'none'
 if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
-    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing)
+    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.grad_checkpointing)
 elif args.gan == 'latent':
     *_, bottleneck = base.channels(base.teacher)
     nets['heads'] = m.Head(bottleneck)
-if args.checkpointing:
+if args.grad_checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
 # as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
@@ -201,6 +212,10 @@ opts = {}
 for name, named in weights.items():
     opts[name] = torch.optim.AdamW(
         named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
+if rank == 0:
+    count = sum(w.numel() for w in weights['student'].values()) / 1e6
+    print(f'networks: {count:.1f} M trained parameters in the student, {time.time() - began:.1f} s',
+          flush=True)
 # --------------------------------------------------------------------------------------------------
 
 m.load_state(state, weights, opts)
@@ -218,21 +233,14 @@ scale = base.pipe.vae_scale_factor
 if args.gan_crop % scale or args.gan_crop > base.size:
     m.die(f'--gan_crop {args.gan_crop} must be a multiple of {scale} up to {base.size}, or 0')
 
-# -- data ------------------------------------------------------------------------------------------
-pictures = m.Pictures(
-    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed,
-    limit=args.data_limit)
-prompts = m.read_prompts(args.prompts)[:8]
+# -- pictures to look at ---------------------------------------------------------------------------
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
 # --------------------------------------------------------------------------------------------------
 
 loader = pictures.batches(mine, args.batch, range(start, args.iters), args.workers)
 if rank == 0:
-    count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'{count:.1f} M trained parameters, steps '
-          f'{steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}')
-    print(pictures.said)
+    print(f'steps {steps.long().tolist()}, batch {args.batch} = {world} ranks x {n} x {args.micro}')
     shown = 'cfg gan gan_weight split ttur couple lora student_lr fake_lr heads_lr'.split()
     print(' '.join(f'--{name} {vars(args)[name]}' for name in shown))
 if args.sample_every:
@@ -300,6 +308,7 @@ def warmed(it):
 
 # --------------------------------------------------------------------------------------------------
 
+told = m.hear()                      # Ctrl-C or SIGTERM: the iteration is finished, then a save
 log = m.Log(out, start, device, args)
 for it in range(start, args.iters + 1):
     # a hung rank ends by itself, with the line at which it stands
@@ -314,8 +323,8 @@ for it in range(start, args.iters + 1):
                            ['teacher: ', 'student: '])
     if it > start and (it % args.save_every == 0 or stop):
         # the recipe tells stage 2 and evaluate.py which defaults are theirs
-        facts = dict(base_model=args.model, recipe=recipe.removesuffix('-dmd2'), iteration=it,
-                     cfg=args.cfg, t5=args.t5, prompts=prompts)
+        facts = dict(base_model=m.settings(args)['model'], recipe=recipe.removesuffix('-dmd2'),
+                     iteration=it, cfg=args.cfg, t5=args.t5, prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
             out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
     if stop:
@@ -427,7 +436,7 @@ trouble = log.trouble()
 most = max(m.gathered(m.peak(device)))
 if rank == 0 and it < args.iters:
     where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
-    print(f'told to stop (SIGTERM) after iteration {it}, {where}')
+    print(f'told to stop after iteration {it}, {where}')
 elif rank == 0 and args.check:
     m.remove(out)
     print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '

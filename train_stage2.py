@@ -22,7 +22,6 @@ import argparse
 import faulthandler
 import json
 import math
-import signal
 import time
 from types import SimpleNamespace
 
@@ -48,8 +47,8 @@ SHAPES = dict(
 RECIPES = {
     'sdxl': PHOTOS | dict(
         lrm='casiatao/LRM/lrm_sdxl', cfg=8., gan_weight=1e-2, batch=64, micro=1, iters=2000,
-        student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6, warmup=50, checkpointing=True,
-        critic_warmup=100, log_every=6),
+        student_lr=1e-6, fake_lr=1e-6, heads_lr=1e-4, rl_lr=1e-6, warmup=50, critic_warmup=100,
+        grad_checkpointing=True, log_every=6),
     'toy': SHAPES | dict(
         lrm='assets/toy/lrm', cfg=3., gan_weight=.1, batch=16, micro=16, iters=330,
         student_lr=2e-5, fake_lr=1e-4, heads_lr=2e-4, rl_lr=1e-5, warmup=30, critic_warmup=30,
@@ -68,11 +67,11 @@ LORA_RATES = dict(
     toy=dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4))
 # what stage 1 hands on, if its args.json lies beside the student
 HANDED = ('offload sam data data_files image_column text_column data_limit prompts workers cfg '
-          'gan gan_weight gan_crop split ttur couple batch micro heads_lr checkpointing '
+          'gan gan_weight gan_crop split ttur couple batch micro heads_lr grad_checkpointing '
           'save_dtype').split()
 
-p = m.parser(__doc__)
-flag = p.add_argument
+p = m.parser(__doc__, RECIPES)
+flag = p.add_argument_group('what is run').add_argument
 flag('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's")
 flag('--init', default='',
      help='run of stage 1, or a student; empty: out/stage1 (-RECIPE), else the shipped one')
@@ -81,10 +80,12 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
+flag = p.add_argument_group('models').add_argument
 flag('--model', help='teacher: an SDXL or SD3 pipeline, folder or hub id')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
 flag('--offload', action=yes_no, default=False, help='text encoders wait in main memory')
 flag('--sam', help='segment_anything checkpoint, or vit_b, vit_l, vit_h (downloaded)')
+flag = p.add_argument_group('data').add_argument
 flag('--data', help='captioned pictures: hub id, folder, .parquet or webdataset .tar')
 flag('--data_files', help='which files of --data, a pattern; empty: all')
 flag('--data_limit', type=int, default=0, help='only the first so many rows of --data; 0: all')
@@ -92,6 +93,7 @@ flag('--image_column', help='column of the pictures; empty: the one there is')
 flag('--text_column', help='column of the captions (a.b: nested); empty: by the usual names')
 flag('--prompts', help='text file; its first 8 lines are drawn in the sample grids')
 flag('--workers', type=int, default=2, help='threads per rank that read pictures; 0: the main one')
+flag = p.add_argument_group('method').add_argument
 flag('--steps', type=int, default=4, help="the student's sampling steps")
 flag('--cfg', type=float, help="guidance w of the teacher's score, uncond + w (cond - uncond)")
 flag('--gan', choices=['pixel', 'latent', 'none'], default='pixel',
@@ -104,6 +106,7 @@ flag('--couple', type=float, default=.97, help='c in fake <- c fake + (1 - c) st
 flag('--lora', type=int, default=0, help='rank of adapters on the teacher; 0: train all weights')
 flag('--lora_alpha', type=float, default=0., help='adapters are scaled by this / rank; 0: 2 x rank')
 flag('--lora_targets', default='attention', help="ends of module names, with commas")
+flag = p.add_argument_group('optimisation').add_argument
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
 flag('--micro', type=int, help='prompts per forward on one rank; gradients accumulate')
@@ -112,11 +115,12 @@ flag('--fake_lr', type=float, help='AdamW learning rate of the fake score')
 flag('--heads_lr', type=float, help='AdamW learning rate of the discriminator heads')
 flag('--warmup', type=int, default=0, help='iterations of linear learning-rate warm-up')
 flag('--cooldown', type=int, default=0, help='last iterations, in which they fall linearly to 0')
-flag('--checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
+flag('--grad_checkpointing', action=yes_no, default=False, help='gradient checkpointing everywhere')
 flag('--cpu_offload', action=yes_no, default=False,
      help='weights that are trained and their moments wait in main memory; without --lora')
 flag('--compile', action=yes_no, default=False, help='torch.compile for all but text encoders')
 flag('--seed', type=int, default=0, help='seed of the run')
+flag = p.add_argument_group('the run: saves, pictures, log').add_argument
 flag('--save_every', type=int, default=250, help='iterations between saves')
 flag('--save_dtype', choices=['float16', 'bfloat16', 'float32'], default='float16',
      help="of student/'s weights")
@@ -129,6 +133,7 @@ flag('--check', action=yes_no, default=False,
      help='the plan, one iteration and one save in OUT-check, what they took; nothing is kept')
 flag('--wandb', default='', help='Weights & Biases project to log to as well; empty: none')
 # -- flags of the preference updates ---------------------------------------------------------------
+flag = p.add_argument_group('preference updates').add_argument
 flag('--reward', choices=['latent', *R.SCORES], default='latent',
      help='latent: --lrm; else a reward of pictures, its weights as in evaluate.py, or --pickscore')
 flag('--lrm', help='latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder')
@@ -142,6 +147,7 @@ flag('--candidates', type=int, default=4, help='K, next states drawn from each z
 flag('--beta', type=float, default=500., help='sharpness; log p are means over dimensions')
 flag('--clamp', type=float, default=0., help='keep p / p_ref within 1 -+ this, as LPO does; 0: off')
 flag('--critic_warmup', type=int, default=0, help='first iterations for fake score and D, if new')
+flag = p.add_argument_group('evaluations').add_argument
 flag('--eval_every', type=int, default=250, help='iterations between evaluations; 0: none')
 flag('--eval_n', type=int, default=128, help='of --prompts, how many are evaluated')
 flag('--judge', default=R.CLIP_L, help='CLIP for their R-precision and CMMD')
@@ -184,6 +190,7 @@ m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n
            rl_lr=0)
 if args.clamp >= 1:
     m.die(f'--clamp {args.clamp} must be below 1')
+rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
 if args.lora != adapters['rank']:
     m.die(f'--lora {args.lora}: the student in {folder} is one of --lora {adapters["rank"]} and '
           'stays one; leave --lora away')
@@ -194,6 +201,8 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0)
 m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
 rank, world, device = m.launch(args.timeout + 5)
+if rank == 0:
+    print(f'recipe {recipe}: {args.model} -> {args.out}, {world} x {device.type}', flush=True)
 if args.cpu_offload and args.lora:
     m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
 args.micro = min(args.micro, max(1, args.batch // world))
@@ -202,25 +211,30 @@ if args.batch % (world * args.micro):
           'one of them')
 mine = range(rank * args.batch // world, (rank + 1) * args.batch // world)  # samples of this rank
 n = len(mine) // args.micro                                                 # their micro-batches
+prompts = m.read_prompts(args.prompts)[:8]
+m.check_sources(args)                                       # what is to be fetched, and wandb
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
 for left in out.glob('[!.]*') if args.check and rank == 0 else ():
     m.remove(left)
 state = m.find_state(out, args)
 start = m.iteration_of(state)
-if rank == 0:
-    print(f'recipe {recipe}: {args.model} -> {out}, {world} x {device.type}, from iteration '
-          f'{start}')
 planned = m.plan(args, out, device)
-began = time.time()
-told = []                                      # SIGTERM: the iteration is finished, then a save
-signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+
+# -- data ------------------------------------------------------------------------------------------
+pictures = m.Pictures(                                      # of a size that the model will tell
+    args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
+    limit=args.data_limit)
+if rank == 0:
+    print(pictures.said, flush=True)
 
 # -- networks --------------------------------------------------------------------------------------
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
+began = time.time()
 dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32        # of what is frozen
 base = m.load_base(args.model, device, dtype, args.t5, args.offload)
 schedule = base.schedule
+pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
@@ -230,11 +244,11 @@ m.load_trained(nets['fake'], m.trained(nets['student']))
 gan = args.gan != 'none'
 if args.gan == 'pixel':
     sam = m.load_sam_encoder(args.sam)
-    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.checkpointing)
+    nets['heads'] = m.PixelDiscriminator(sam, base.size, args.grad_checkpointing)
 elif args.gan == 'latent':
     *_, bottleneck = base.channels(base.teacher)
     nets['heads'] = m.Head(bottleneck)
-if args.checkpointing:
+if args.grad_checkpointing:
     for net in (nets['student'], nets['fake'], base.vae):
         net.enable_gradient_checkpointing()
 # as the loop calls them. Networks that are trained whole are sharded over the ranks, and the
@@ -253,6 +267,10 @@ opts = {}
 for name, named in weights.items():
     opts[name] = torch.optim.AdamW(
         named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
+if rank == 0:
+    count = sum(w.numel() for w in weights['student'].values()) / 1e6
+    print(f'networks: {count:.1f} M trained parameters in the student, {time.time() - began:.1f} s',
+          flush=True)
 # --------------------------------------------------------------------------------------------------
 
 # stage 1's networks as it left them; the reference is its student, to the bit: first ratios are 1
@@ -323,22 +341,16 @@ def reward(z, t, prompts):
         rewards.append(scorers[args.reward].score((pixels / 2 + .5).clamp(0, 1), prompts[j]))
     return torch.cat(rewards)
 
-# -- data ------------------------------------------------------------------------------------------
-pictures = m.Pictures(
-    args.data, args.data_files, args.image_column, args.text_column, base.size, args.seed,
-    limit=args.data_limit)
-prompts = m.read_prompts(args.prompts)[:8]
+# -- pictures to look at ---------------------------------------------------------------------------
 grid_noise, _ = m.draw(args.seed, 0, range(len(prompts)), (S, *base.latent_shape))
 grid_noise = grid_noise.to(device)
 # --------------------------------------------------------------------------------------------------
 
 loader = pictures.batches(
     mine, args.batch, filter(distils, range(start, args.iters)), args.workers)
-rl_prompts = m.read_prompts(args.rl_prompts, '--rl_prompts') if args.rl_prompts else None
 if rank == 0:
     print(f'from {folder}, iteration {origin["iteration"]}; weights and moments of its state: '
           f'{", ".join(sorted(inherited)) or "none"}; new: {", ".join(new) or "none"}')
-    print(pictures.said)
     print('settings handed on:', ' '.join(f'--{k} {v}' for k, v in handed.items()) or 'none')
     print(f'reward {args.lrm if args.reward == "latent" else args.reward}, preference updates at '
           f'{[int(steps[k]) for k in rl_steps]}, {alone} iterations for fake score and '
@@ -479,6 +491,7 @@ def log_ratio(z, x0, x_ref, a, sigma):
 
 # --------------------------------------------------------------------------------------------------
 
+told = m.hear()                      # Ctrl-C or SIGTERM: the iteration is finished, then a save
 log = m.Log(out, start, device, args)
 for it in range(start, args.iters + 1):
     # a hung rank ends by itself, with the line at which it stands
@@ -496,8 +509,8 @@ for it in range(start, args.iters + 1):
         with torch.compiler.set_stance('force_eager'):
             evaluate(it)
     if it > start and (it % args.save_every == 0 or stop):
-        facts = dict(base_model=args.model, recipe=recipe, iteration=it, cfg=args.cfg, t5=args.t5,
-                     prompts=prompts)
+        facts = dict(base_model=m.settings(args)['model'], recipe=recipe, iteration=it,
+                     cfg=args.cfg, t5=args.t5, prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
             out / 'student', base, nets['student'], steps, args.save_dtype, facts, lora))
     if stop:
@@ -651,13 +664,17 @@ for it in range(start, args.iters + 1):
     log.count(it, norms)
     log.write(it + 1)
 
+if rank == 0 and 0 < it <= alone:
+    print(f'the student is unchanged: all {it} iterations were the warm-up of fake score and '
+          f'discriminator, --critic_warmup {args.critic_warmup}')
+
 # -- the end ---------------------------------------------------------------------------------------
 faulthandler.cancel_dump_traceback_later()
 trouble = log.trouble()
 most = max(m.gathered(m.peak(device)))
 if rank == 0 and it < args.iters:
     where = f'saved in {out}: the same command goes on from there' if it else 'before any save'
-    print(f'told to stop (SIGTERM) after iteration {it}, {where}')
+    print(f'told to stop after iteration {it}, {where}')
 elif rank == 0 and args.check:
     m.remove(out)
     print(f'checked in {(time.time() - began) / 60:.1f} minutes: at most {most:.1f} GB on a rank, '

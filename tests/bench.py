@@ -202,7 +202,7 @@ def activations(family, lora=0, crop=1024, n=1, checkpointing=True, gan=True):
 def settings(family, **flags):
     """A training script's settings, as far as model.gigabytes reads them."""
     flags = dict(recipe=family, model='hub/id', lora=0, micro=1, t5=None, offload=False,
-                 gan='pixel', gan_crop=0, checkpointing=True, cpu_offload=False,
+                 gan='pixel', gan_crop=0, grad_checkpointing=True, cpu_offload=False,
                  save_dtype='float16') | flags
     return argparse.Namespace(**flags)
 

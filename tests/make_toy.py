@@ -915,7 +915,7 @@ def make_vae():
     with torch.no_grad():
         z = torch.cat([vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean for k in range(0, min(len(images), 2000), 100)])
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5), force_upcast=False)
-        x = to_pixels(pictures(512, 2)[1])
+        x = to_pixels(pictures(min(512, args.pictures), 2)[1])
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         print(f'vae: held-out PSNR {-10 * torch.log10(F.mse_loss(y, x) / 4):.2f} dB, latent std {z.std():.3f}, '
               f'per channel {z.std((0, 2, 3)).min():.3f} to {z.std((0, 2, 3)).max():.3f}, '
@@ -1038,11 +1038,12 @@ def make_clip():
         return clip_texts(model, tokenizer, texts)
 
     def attributes(scene):
-        """Class numbers of a scene: background, relation, and texture, colour, shape of both objects (-1: none)."""
-        out = [list(COLOURS).index(scene['background']), 1 + RELATIONS.index(scene['relation']) if scene['relation'] else 0]
+        """Class numbers of a scene: background, relation, and texture, colour, shape of both objects, or what thing it
+        is (-1: none)."""
+        out = [grounds.index(scene['background']), 1 + RELATIONS.index(scene['relation']) if scene['relation'] else 0]
         for k in range(2):
             o = scene['objects'][k] if k < len(scene['objects']) else None
-            out += [v.index(o[j]) if o else -1 for j, v in enumerate([TEXTURES, list(COLOURS), SHAPES])]
+            out += [v.index(o if args.world else o[j]) if o else -1 for j, v in enumerate(slots)]
         return out
 
     def places(seed, i):
@@ -1052,7 +1053,11 @@ def make_clip():
         share = masks.reshape(len(masks), 8, 8, 8, 8).mean((2, 4))
         return np.where(share.max(0) >= .4, share.argmax(0) + 1, 0).astype(np.int8).ravel()
 
-    classes = [8, 3] + [4, 8, 6] * 2
+    grounds, slots = list(COLOURS), [TEXTURES, list(COLOURS), SHAPES]
+    if args.world:
+        grounds, slots = GROUNDS, [list(THINGS)]
+    each = [len(v) for v in slots]
+    classes = [len(grounds), 3] + each * 2
     facts = torch.tensor([attributes(s) for s in scenes])
     file = WORK / f'places_{len(scenes)}.npy'
     if not file.exists():
@@ -1079,17 +1084,18 @@ def make_clip():
         goal = facts[index].to(DEVICE)
         naming = sum(F.cross_entropy(a, b, ignore_index=-1) for a, b in zip(nets['naming'](v * 10).split(classes, 1), goal.T))
         spot = where[index].to(DEVICE)                                                                        # (B, 64)
-        objects = goal[:, 2:].view(-1, 2, 3).gather(1, (spot - 1).clamp(min=0)[..., None].expand(-1, -1, 3))  # (B, 64, 3)
+        objects = goal[:, 2:].view(-1, 2, len(each))                                                     # (B, 2, slots)
+        objects = objects.gather(1, (spot - 1).clamp(min=0)[..., None].expand(-1, -1, len(each)))       # (B, 64, slots)
         objects = objects.masked_fill(spot[..., None] == 0, -1).flatten(0, 1)
-        patches = nets['patches'](seen.last_hidden_state[:, 1:]).flatten(0, 1).split([4, 8, 6], 1)
+        patches = nets['patches'](seen.last_hidden_state[:, 1:]).flatten(0, 1).split(each, 1)
         naming = naming + 3 * sum(F.cross_entropy(a, b, ignore_index=-1) for a, b in zip(patches, objects.T))
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, own].T, torch.arange(len(index), device=DEVICE))
                 + F.cross_entropy(near, torch.zeros_like(own)) + naming), dict(hard=first, naming=naming)
 
-    nets = dict(clip=clip, naming=torch.nn.Linear(128, sum(classes)), patches=torch.nn.Linear(128, 18))
+    nets = dict(clip=clip, naming=torch.nn.Linear(128, sum(classes)), patches=torch.nn.Linear(128, sum(each)))
     clip = fit('clip', torch.nn.ModuleDict(nets), loss, 3000, 1e-3, ema=.998)['clip']
     with torch.no_grad():
-        scenes, images = pictures(512, 2)
+        scenes, images = pictures(min(512, args.pictures), 2)
         ranks, rng, captions = [], np.random.default_rng(5), [caption(s) for s in scenes]
         v = clip_pictures(clip, to_pixels(images))
         for k, s in enumerate(scenes):
@@ -1175,27 +1181,27 @@ def make_teacher():
     scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
                                        timestep_spacing='leading',
                                        prediction_type='v_prediction' if args.world else 'epsilon')
-    bars = scheduler.alphas_cumprod.to(DEVICE)
+    bars, batch = scheduler.alphas_cumprod.to(DEVICE), 32 if args.world else 64
 
     def loss(nets, i, g):
-        index = torch.randint(len(latents), (64,), generator=g)
-        x0, eps = latents[index].to(DEVICE), torch.randn(64, *latents.shape[1:], generator=g).to(DEVICE)
+        index = torch.randint(len(latents), (batch,), generator=g)
+        x0, eps = latents[index].to(DEVICE), torch.randn(batch, *latents.shape[1:], generator=g).to(DEVICE)
         # uniform times first; later leaning to high noise (density proportional to t), where the eps loss weighs errors
         # of x0 least and where at 3,000 iterations the background colours still came out wrong
-        u = torch.rand(64, generator=g)
+        u = torch.rand(batch, generator=g)
         t = (1000 * (u if i < 3500 or args.world else u.sqrt())).long().clamp(max=999).to(DEVICE)
-        keep = (torch.rand(64, generator=g) > .1).float().to(DEVICE)
+        keep = (torch.rand(batch, generator=g) > .1).float().to(DEVICE)
         one = nets['te1'](words[0][index].to(DEVICE), output_hidden_states=True)
         two = nets['te2'](words[1][index].to(DEVICE), output_hidden_states=True)
         y = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1) * keep[:, None, None]       # (B, TOKENS, 160)
-        sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]).expand(64, 6).to(DEVICE)
+        sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]).expand(batch, 6).to(DEVICE)
         a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
         out = nets['unet'](a * x0 + s * eps, t, y, added_cond_kwargs=dict(
             text_embeds=two.text_embeds * keep[:, None], time_ids=sizes)).sample
         mse = F.mse_loss(out, a * eps - s * x0 if args.world else eps)
         return mse, dict(mse=mse)
 
-    nets = fit('teacher', nets, loss, 9000, 1.5e-3, ema=.999)
+    nets = fit('teacher', nets, loss, 9000, 1e-3 if args.world else 1.5e-3, ema=.999)
     pipe = StableDiffusionXLPipeline(
         vae=vae, text_encoder=nets['te1'], text_encoder_2=nets['te2'], tokenizer=tokenizer, tokenizer_2=tokenizer_2,
         unet=nets['unet'], scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
@@ -1359,8 +1365,8 @@ if __name__ == '__main__':
     OUT, WORK, DEVICE, TOKENS = args.out, args.work, args.device, 24
     model.at_least(args, iters=0, pictures=1, pairs=1, seed=0)
     if args.world:
-        if not {*args.only} <= {'data', 'vae', 'teacher'}:
-            model.die('--world has data, vae and teacher so far; name some of them with --only')
+        if not {*args.only} <= {'data', 'vae', 'sam', 'clip', 'teacher'}:
+            model.die('--world has data, vae, sam, clip and teacher so far; name some of them with --only')
         draw_scene, caption, variants, render = world_scene, world_caption, world_variants, world_render
     try:
         torch.empty(0, device=DEVICE)

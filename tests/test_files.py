@@ -1006,7 +1006,7 @@ def test_captions_of_the_world_and_their_neighbours():
 def test_the_builder_of_the_world_runs_and_its_teacher_predicts_v(tmp_path):
     command = ['tests/make_toy.py', '--world', '--iters', 1, '--pictures', 64, '--out',
                tmp_path / 'world', '--work', tmp_path / 'work', '--only']
-    done = inside(*command, 'data', 'vae', 'teacher')
+    done = inside(*command, 'data', 'vae', 'sam', 'clip', 'teacher')
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'of real' in done.stdout
     base = m.load_base(tmp_path / 'world/sdxl')
@@ -1015,9 +1015,9 @@ def test_the_builder_of_the_world_runs_and_its_teacher_predicts_v(tmp_path):
     prompts = (tmp_path / 'world/data/prompts.txt').read_text().splitlines()
     assert len(prompts) == 1024
     assert {text.rsplit(' ', 1)[1] for text in prompts} == {*make_toy.GROUNDS}
-    refused = inside(*command, 'clip')
+    refused = inside(*command, 'lrm')
     assert refused.returncode == 2
-    assert '--world has data, vae and teacher so far' in refused.stderr
+    assert '--world has data, vae, sam, clip and teacher so far' in refused.stderr
 
 def test_assets_stay_small():
     files = [f for f in (ROOT / 'assets').rglob('*') if f.is_file()]

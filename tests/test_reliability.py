@@ -151,7 +151,7 @@ m.crc = killed
         script, *RUN, '--out', tmp_path / 'run', flags=['--standalone', '--max-restarts=1'])
     said = ended(run)
     assert run.returncode == 0, said[-3000:]
-    assert 'from iteration 2' in said
+    assert 'state-0000002, of iteration 2' in said
     assert 'error: rank 0: another rank is lost' in said
     assert 'model.py", line' not in said
     for it in (2, 4):
@@ -304,7 +304,7 @@ def test_compiled_is_the_same_and_compiles_once(one, tmp_path, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     flags = ['--init', one, '--batch', 2, '--gan', 'pixel', '--rl_ratio', 1, '--critic_warmup', 0]
-    for out, how in ('plain', []), ('compiled', ['--compile', '--checkpointing']):
+    for out, how in ('plain', []), ('compiled', ['--compile', '--grad_checkpointing']):
         graphs.clear()
         done = inside(*SECOND, *flags, *how, '--out', tmp_path / out)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -376,14 +376,50 @@ def test_sigterm_saves_and_four_ranks_go_on(one, tmp_path):
     state, = m.states_of(out)
     it = m.iteration_of(state)
     assert it in (1, 2, 3)
-    assert f'told to stop (SIGTERM) after iteration {it}, saved' in said
+    assert f'told to stop after iteration {it}, saved' in said
     assert 'exitcode' not in said                                # the ranks themselves left with 0
     assert not errors(said)
     again = torchrun(*command, ranks=4)
     said = ended(again)
     assert again.returncode == 0, said[-3000:]
-    assert f'from iteration {it}' in said
+    assert f', of iteration {it}' in said
     assert not far_from_one_step(weights(out, 4), weights(one, 4), weights(one, 2))
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_ctrl_c(ranks, tmp_path):
+    """Before the first iteration one sentence, amid one it is what SIGTERM is, and a second ends at
+    once; torchrun has a traceback of its own, and repeats the first to its ranks."""
+    out, slow = tmp_path / 'run', tmp_path / 'slow'
+    script = hooked(tmp_path, f'''
+def meets(it, normals):
+    if it and os.path.exists({str(slow)!r}):
+        os.remove({str(slow)!r})
+        print('asleep', flush=True)
+        time.sleep(30)
+''')
+    for line, code, says in (
+            ('plan', 130, 'told to stop; what was saved is whole'), ('    1/4', 0, 'saved in'),
+            ('asleep', 130, 'ended at once'))[:4 - ranks]:
+        if line == 'asleep':
+            slow.touch()
+        command = [script, *RUN, '--save_every', 100, '--out', out]
+        if ranks == 2:
+            run = torchrun(*command, patience=60)
+        else:
+            run = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=ROOT, text=True, env=ENV,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        before = next(x for x in run.stdout if x.startswith(line))
+        run.send_signal(signal.SIGINT)
+        if line == 'asleep':
+            time.sleep(4)
+            run.send_signal(signal.SIGINT)
+        said = before + ended(run)
+        assert says in said, said[-3000:]
+        assert ranks == 2 or run.returncode == code and 'Traceback' not in said
+        assert not errors(said) or line == 'asleep'
+    state, = m.states_of(out)
+    assert m.iteration_of(state) in (1, 2)
 
 def test_a_signal_to_one_rank_ends_both_after_the_same_iteration(tmp_path):
     """It comes in iteration 0; both leave when that is done, saved, and with code 0."""
@@ -395,7 +431,7 @@ def meets(it, normals):
     run = torchrun(script, *RUN, '--save_every', 100, '--out', tmp_path / 'run')
     said = ended(run)
     assert run.returncode == 0, said[-3000:]
-    assert 'told to stop (SIGTERM) after iteration 2, saved' in said
+    assert 'told to stop after iteration 2, saved' in said
     assert [state.name for state in m.states_of(tmp_path / 'run')] == ['state-0000002']
 
 def test_killed_at_random_moments(tmp_path):

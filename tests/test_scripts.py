@@ -17,9 +17,11 @@ from collections import Counter
 
 import datasets
 import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image, ImageFilter, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -58,7 +60,7 @@ def plain(tmp_path_factory):
     so it is the toy's where there is no GPU."""
     out = tmp_path_factory.mktemp('runs') / 'plain'
     done = well(start(*TRAIN, '--sample_every', 4, '--out', out))
-    assert 'recipe toy: assets/toy/sdxl' in done.stdout
+    out.with_name('said').write_text(done.stdout)
     return out
 
 # --------------------------------------------------------------------------------------------------
@@ -76,8 +78,8 @@ def blocks(script):
 def test_what_both_stages_do_stands_in_both_word_for_word():
     one, two = blocks('train_stage1.py'), blocks('train_stage2.py')
     one.pop('')
-    for words in ('flags of the distillation', 'ranks, device, folder', 'networks', 'split', 'data',
-                  'pieces of an iteration', 'one distillation', 'the end'):
+    for words in ('flags of the distillation', 'ranks, device, folder', 'data', 'networks', 'split',
+                  'pictures to look at', 'pieces of an iteration', 'one distillation', 'the end'):
         assert any(words in title for title in one), words
     for title, text in one.items():
         assert text == two[title], title
@@ -157,7 +159,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(plain, tmp_path):
     with (out / 'log.jsonl').open('a') as file:                  # beyond the save, and half a line
         file.write('{"iteration": 3}\n{"iteration": 4, "fa')
     done = well(start(*TRAIN, '--out', out))
-    assert 'from iteration 2' in done.stdout
+    assert 'of iteration 2' in done.stdout
     assert equal(weights(plain, 4), weights(out, 4))
     assert not list(out.glob('*.tmp'))
     lines, calm = rows(out), rows(plain)
@@ -247,7 +249,7 @@ def test_own_data_alone_suffices_and_its_troubles_are_counted(tmp_path):
     run = tmp_path / 'run'
     done = well(start(
         'train_stage1.py', *SMALL, '--batch', 2, '--micro', 1, '--iters', 3, '--data', folder,
-        '--checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload', '--out', run,
+        '--grad_checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload', '--out', run,
         ranks=2))
     said = f'--data {folder}: 6 pictures in the column image, captions in text\n'
     assert said in done.stdout
@@ -641,7 +643,7 @@ def test_stage_2_resumes_bit_for_bit(joint, tmp_path):
     shutil.copytree(joint[0], out, ignore=shutil.ignore_patterns('state-0000006'))
     (out / 'eval.jsonl').write_text('{"iteration": 0}\n{"iteration": 3}\n')
     lines, done = second(out, *JOINT)
-    assert 'from iteration 3' in done.stdout
+    assert 'of iteration 3' in done.stdout
     assert equal(weights(joint[0], 6), weights(out, 6))
     assert [row['iteration'] for row in lines] == [1, 2, 3, 4, 5, 6]
     assert rows(out, 'eval.jsonl') == [dict(iteration=0)]
@@ -653,7 +655,7 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
     init.mkdir()
     for name in ('student', 'state-0000004'):
         (init / name).symlink_to(plain / name)
-    odd = dict(cfg=2.5, gan_weight=.3, couple=.5, checkpointing=True)
+    odd = dict(cfg=2.5, gan_weight=.3, couple=.5, grad_checkpointing=True)
     told = json.loads((plain / 'args.json').read_text()) | odd
     (init / 'args.json').write_text(json.dumps(told))
     rates = [x for name in ('student', 'fake', 'heads', 'rl') for x in (f'--{name}_lr', 0)]
@@ -670,7 +672,7 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
     # four steps in stage 1, two here
     assert {v.item() for k, v in after.items() if k.startswith('student.step/')} == {6}
     handed = ('offload sam data data_files data_limit image_column text_column prompts workers cfg '
-              'gan gan_weight gan_crop split ttur batch micro checkpointing save_dtype').split()
+              'gan gan_weight gan_crop split ttur batch micro grad_checkpointing save_dtype').split()
     args = json.loads((out / 'args.json').read_text())
     assert {name: args[name] for name in handed} == {name: told[name] for name in handed}
     assert args['couple'] == .75
@@ -771,10 +773,10 @@ BAD = [
     (ONE, ['--model', 'TMP/odd'], "--model: its scheduler predicts 'sample'"),
     (ONE, ['--model', 'some-body/no-such-model', '--force'],
      'downloaded; --model assets/toy/sdxl runs'),
-    (ONE, ['--model', 'some-body/no-such-model', '--checkpointing', '--micro', '1', '--batch', '1'],
+    (ONE, ['--model', 'some-body/no-such-model', '--grad_checkpointing', '--micro', '1', '--batch', '1'],
      'GB on each rank, which has'),
     (ONE, ['--model', 'some-body/no-such-model', '--cpu_offload', '--micro', '1', '--batch', '1',
-           '--checkpointing', '--gan', 'none', '--offload'], '--cpu_offload takes 82.1 GB of main'),
+           '--grad_checkpointing', '--gan', 'none', '--offload'], '--cpu_offload takes 82.1 GB of main'),
     (ONE, ['--cpu_offload', '--lora', '4'], '--cpu_offload is for networks trained whole'),
     (ONE, ['--sam', 'TMP/nowhere.pth'], '--sam TMP/nowhere.pth does not exist'),
     (ONE, ['--sam', 'TMP/pickled.pth'], 'pickled code; --sam assets/toy/sam.pth runs offline'),
@@ -881,9 +883,63 @@ def test_more_ranks_than_gpus(monkeypatch, capsys):
 @pytest.mark.parametrize('script', [*SCRIPTS[1:3], *SCRIPTS[4:6], 'tests/make_toy.py',
                                     'tests/bench.py'])
 def test_help(script):
+    """With the default of each recipe; and a flag that is none is told what was meant."""
     done = well(inside(script, '--help'))
-    assert '--' in done.stdout
+    said = ' '.join(done.stdout.split())
     assert not done.stderr
+    if script in (ONE, TWO):
+        assert 'optimisation:' in said and 'method:' in said
+        assert re.search(r'weight of the student.s adversarial loss \[sdxl, sd3.*: 0.01; toy', said)
+        assert '[attention]' in said
+        for wrong, says in (
+                ('--bach=3', 'there is no flag --bach; did you mean --batch?'),
+                ('--max_train_steps', 'there is no flag --max_train_steps; here that is --iters'),
+                ('--zzz', 'there is no flag --zzz; see --help')):
+            assert says in said_no(refused(script, wrong, '--recipe', 'toy'))
+
+def test_what_a_run_says_first(plain):
+    """The recipe, then the plan, the data and the networks; the time left in each line."""
+    said = plain.with_name('said').read_text()
+    lines = said.splitlines()
+    for line, begin in zip(lines, ('recipe toy: ', 'plan: ', '--data ', 'networks: 4.5 M ')):
+        assert line.startswith(begin)
+    assert re.search(r"the teacher's pictures: 50 steps, [\d.]+ s", said)
+    assert re.search(r'    1/4 .* s/it, \d+ s left', said)
+
+def test_from_any_folder(tmp_path):
+    """Nothing is known of where the page was started: the same commands go on from the root."""
+    for _ in range(2):
+        well(inside(ROOT / ONE, *TRAIN[1:], '--iters', 1, '--gan', 'none', '--out',
+                    tmp_path / 'run', cwd=tmp_path))
+    args = json.loads((tmp_path / 'run/args.json').read_text())
+    facts = json.loads((tmp_path / 'run/student/student.json').read_text())
+    assert args['model'] == facts['base_model'] == 'assets/toy/sdxl'
+    done = well(inside(*TRAIN, '--iters', 2, '--gan', 'none', '--out', tmp_path / 'run'))
+    assert '--model is' not in done.stdout and 'of iteration 1' in done.stdout
+    well(inside(ROOT / 'sample.py', '--ckpt', 'run', '--n', 1, cwd=tmp_path))
+
+def test_all_that_is_missing_at_once(monkeypatch):
+    """What is on the hub and not here, with licences to accept, and a library; before any of it."""
+    answers = {'a/gated': GatedRepoError, 'b/none': RepositoryNotFoundError, 'c/lost': OSError}
+
+    def auth_check(self, name, repo_type):
+        if name in answers:
+            raise answers[name]('no', **{} if name == 'c/lost' else dict(response=Response()))
+
+    class Response:
+        headers, request = {}, None
+
+    monkeypatch.setattr(huggingface_hub.HfApi, 'auth_check', auth_check)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    line = said_no(refused(
+        ONE, '--recipe', 'toy', '--model', 'a/gated', '--data', 'b/none', '--wandb', 'x'))
+    for says in ('--wandb needs wandb: pip install wandb',
+                 '--model a/gated: accept its licence at https://huggingface.co/a/gated, then `hf '
+                 'auth login`',
+                 '--data b/none: there is no https://huggingface.co/datasets/b/none'):
+        assert says in line
+    line = said_no(refused(TWO, '--recipe', 'toy', '--init', STUDENT, '--lrm', 'c/lost/lrm_sdxl'))
+    assert '--lrm c/lost is not on this machine, and https://huggingface.co/c/lost cannot' in line
 
 def test_a_true_start_refuses_as_well():
     """What `refused` stands for, once: a process of its own."""
