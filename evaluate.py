@@ -10,6 +10,10 @@ The paper's table: scores a student beside its teacher, any diffusers pipeline, 
 Metrics: the rewards of rewards.py (clip, pickscore, hpsv2, hpsv2.1, imagereward, mps, aesthetic),
 rprecision    share of pictures whose own prompt ranks first among 32 by CLIP: itself, the line of
               FILE.hard.txt beside the prompt file FILE.txt if there is one, the rest other prompts
+margin        CLIP score of the own prompt less the highest of those 31 others, finer
+sharpness     deviation of the grey picture's Laplacian, of 255; noise counts as sharpness
+spectrum      distance to the pictures of --real (through --real_vae, if given) of the log energy by
+              frequency, rms over six bands: texture that is missing or too much, noise as well
 cmmd, fid     distance to the pictures of --real by --clip (2401.09603's formula; its own network
               is openai/clip-vit-large-patch14-336) or by Inception (clean-fid)
 
@@ -40,7 +44,7 @@ from tqdm import tqdm
 import model as m
 import rewards as R
 
-METRICS = [*R.SCORES, 'rprecision', 'cmmd', 'fid']
+METRICS = [*R.SCORES, 'rprecision', 'margin', 'sharpness', 'spectrum', 'cmmd', 'fid']
 RECIPES = {
     'sdxl': dict(
         prompts='assets/prompts.txt', real='common-canvas/commoncatalog-cc-by', image_column='jpg',
@@ -80,14 +84,16 @@ flag('--teacher_steps', type=int, default=50, help="the teacher's sampling steps
 flag('--cfg', type=float, help="the teacher's guidance")
 for name, (_, source, title, _) in R.SCORES.items():
     flag(f'--{name}', default=source, help=f'weights of {title}: hub id, folder or file')
-flag('--real', help='real pictures for cmmd and fid, as --data of train_stage1.py')
+flag('--real', help='real pictures for spectrum, cmmd and fid, as --data of train_stage1.py')
 flag('--real_files', help='which files of --real, a pattern; empty: all')
 flag('--image_column', help='column of the pictures in --real; empty: the one there is')
+flag('--real_vae', default='',
+     help='pipeline through whose VAE they pass for spectrum, so that its loss is not counted')
 flag('--n_real', type=int, default=512, help='how many real pictures')
 flag('--batch', type=int, default=16, help='pictures per call')
 flag('--workers', type=int, default=2, help='threads per rank that read pictures')
 flag('--seed', type=int, default=0, help='picture i depends on (seed, i) alone')
-flag('--sheet', choices=['', *METRICS[:-2]], default='',
+flag('--sheet', choices=['', *METRICS[:-3]], default='',
      help='draw the 16 best and the 16 worst pictures by this score, beside --out')
 flag('--out', default='', help='JSON to write; empty: out/evaluate/ and a name by the settings')
 chosen, _ = p.parse_known_args()
@@ -229,22 +235,25 @@ if out.exists():
     with m.sentence(f'--out {out} holds something else than this evaluation; choose another file'):
         assert json.loads(out.read_text())['settings'] == settings, 'its settings are others'
 real = None
-if {'cmmd', 'fid'} & {*args.metrics}:
+if {'spectrum', 'cmmd', 'fid'} & {*args.metrics}:
     real = m.Pictures(
         args.real, args.real_files, args.image_column, '', 0, args.seed, '--real', captioned=False)
     if rank == 0:
         print(real.said)
     n_real = min(args.n_real, len(real.rows))
 m.quiet()
+vae = None
+if args.real_vae and 'spectrum' in args.metrics and rank == 0:
+    vae = m.load_pipeline(args.real_vae, '--real_vae', torch.float32, t5=False).vae.to(device)
 scorers, unavailable = {}, {}
 for metric in args.metrics:
-    name = 'clip' if metric in ('rprecision', 'cmmd') else metric
+    name = 'clip' if metric in ('rprecision', 'margin', 'cmmd') else metric
     try:
-        if name not in scorers and name != 'fid':
+        if name in R.SCORES and name not in scorers:
             scorers[name] = R.SCORES[name][0](vars(args)[name])
     except R.Unavailable as error:
         unavailable[metric] = f'{error}; --{name} takes another'
-if not scorers and 'fid' not in args.metrics:
+if not scorers and not {'sharpness', 'spectrum', 'fid'} & {*args.metrics}:
     m.die('none of --metrics could be had: ' + '; '.join(dict.fromkeys(unavailable.values())))
 clip = scorers.get('clip')
 
@@ -304,7 +313,8 @@ def opened(items):
     return [(list(found), torch.stack([*found.values()])) for found in by_size.values()]
 
 def score(index, x):
-    """Pictures (B, 3, H, W) in [0, 1] -> a table: a row each, a column per score, 'vector'."""
+    """Pictures (B, 3, H, W) in [0, 1] -> a table: a row each, a column per score, 'vector' of CLIP
+    and 'bands' of energy."""
     texts = [prompts[i] for i in index]
     found = pandas.DataFrame(index=index)
     for name, scorer in scorers.items():
@@ -312,6 +322,10 @@ def score(index, x):
             found[name] = scorer.score(x, texts).tolist()                   # waits for the device
     if clip:
         found['vector'] = [*clip.seen.cpu().numpy()]
+    if 'sharpness' in args.metrics:
+        found['sharpness'] = R.sharpness(x).tolist()
+    if 'spectrum' in args.metrics:
+        found['bands'] = [*R.log_spectrum(x).cpu().numpy()]
     return found
 
 for scorer in scorers.values():
@@ -339,14 +353,18 @@ if rank:                                                            # rank 0 alo
 first, *_ = rows
 if real:                                    # as large as the pictures that they are compared with
     real.size = min(Image.open(files_of[first][tables[first].index[0]]).size)
-if clip and 'cmmd' in args.metrics:
-    real_vectors, passed_over = [], Counter()
+if clip and 'cmmd' in args.metrics or 'spectrum' in args.metrics:
+    real_vectors, real_bands, passed_over = [], [], Counter()
     for k in tqdm(range(0, n_real, args.batch), 'real pictures'):
         samples = [*readers.map(real.__getitem__, range(n_real)[k:k + args.batch])]
         x = torch.stack([sample['pixels'] for sample in samples]).to(device)
-        real_vectors.append(clip.embed_images((x + 1) / 2).cpu())
+        if clip and 'cmmd' in args.metrics:
+            real_vectors.append(clip.embed_images((x + 1) / 2).cpu())
+        if vae:
+            x = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        if 'spectrum' in args.metrics:
+            real_bands.append(R.log_spectrum((x + 1) / 2).cpu())
         passed_over += sum((sample['trouble'] for sample in samples), Counter())
-    real_vectors = torch.cat(real_vectors)
     if passed_over:
         print(f'--real {args.real}, passed over:', dict(passed_over))
 
@@ -361,12 +379,20 @@ def statistics(scored):
         x = torch.tensor(scored[name].values)
         found[name] = torch.cat([x.mean()[None], w @ x])
     if clip and 'cmmd' in args.metrics:
-        x, y = torch.from_numpy(np.stack(scored['vector'])), real_vectors         # (N, D), (M, D)
+        x = torch.from_numpy(np.stack(scored['vector']))                                  # (N, D)
+        y = torch.cat(real_vectors)                                                       # (M, D)
         xx, xy, yy = R.kernel(x, x), R.kernel(x, y).mean(1), R.kernel(y, y).mean()
         value = 1000 * (xx.mean() - 2 * xy.mean() + yy)
         resampled = 1000 * ((w @ xx * w).sum(1) - 2 * w @ xy + yy)
         # a picture drawn twice is near itself: a bias
         found['cmmd'] = torch.cat([value[None], resampled - resampled.mean() + value])
+    if 'spectrum' in args.metrics:
+        x = torch.from_numpy(np.stack(scored['bands'])).double()                          # (N, 6)
+        gap = torch.cat([x.mean(0)[None], w @ x]) - torch.cat(real_bands).double().mean(0)
+        value, *resampled = gap.square().mean(1).sqrt()
+        resampled = torch.stack(resampled)
+        # noise of the mean adds to a distance: the same bias
+        found['spectrum'] = torch.cat([value[None], resampled - resampled.mean() + value])
     return found
 
 def summary(found):
@@ -380,15 +406,16 @@ for label, scored in tables.items():
     paths = files_of[label]
     for i in sorted(paths.keys() - scored.index):
         print(f'{paths[i]} cannot be read: left out')
-    if clip and 'rprecision' in args.metrics:
+    if clip and {'rprecision', 'margin'} & {*args.metrics}:
         vectors = torch.from_numpy(np.stack(scored['vector']))
-        won = R.r_precision(clip, vectors, scored.index, prompts, near, args.seed)
-        scored['rprecision'] = won.numpy()
+        margin = R.margins(clip, vectors, scored.index, prompts, near, args.seed)
+        scored['margin'] = margin.numpy()
+        scored['rprecision'] = (margin >= 0).double().numpy()
     each = scored[scored.columns.intersection(args.metrics)].reset_index()
     table[label] = summary(statistics(scored)) | dict(
         n=len(scored), unreadable=len(paths) - len(scored), missing=n - len(paths),
         per_picture=each.to_dict('list'))
-    if label != first and scorers:
+    if label != first and {*args.metrics} != {'fid'}:
         both = scored.index.intersection(tables[first].index)
         a, b = statistics(tables[first].loc[both]), statistics(scored.loc[both])
         differences[f'{first} minus {label}'] = summary({name: a[name] - b[name] for name in a})
@@ -412,7 +439,9 @@ if 'fid' in args.metrics:
         unavailable['fid'] = str(error)
 
 TITLES = {name: score[2:] for name, score in R.SCORES.items()} | dict(
-    rprecision=('R-precision', '{:.1%}'), cmmd=('CMMD', '{:.3f}'), fid=('FID', '{:.2f}'))
+    rprecision=('R-precision', '{:.1%}'), margin=('margin', '{:.2f}'),
+    sharpness=('sharpness', '{:.2f}'), spectrum=('spectrum', '{:.3f}'),
+    cmmd=('CMMD', '{:.3f}'), fid=('FID', '{:.2f}'))
 
 def line(*cells):
     print('|', ' | '.join(cells), '|')

@@ -392,6 +392,26 @@ SCORES = {
 # --------------------------------------------------------------------------------------------------
 # distances between sets of pictures
 
+def sharpness(images):
+    """(B,): the standard deviation of the grey pictures' Laplacian, in 1/255. Noise raises it."""
+    kernel = images.new_tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    return F.conv2d(255 * images.mean(1, keepdim=True), kernel).std((1, 2, 3))
+
+BANDS = 1, 3, 6, 10, 15, 21, 32                                             # cycles per 64 pixels
+
+def log_spectrum(images):
+    """The log of the mean energy in each band of BANDS, (B, 6): of white noise of variance v the
+    log of v. Grey pictures (B, 3, H, W) without their mean, under a Hann window."""
+    grey = images.mean(1)
+    height, width = grey.shape[1:]
+    window = torch.outer(*(torch.hann_window(k, device=grey.device) for k in (height, width)))
+    energy = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window).abs().square()
+    energy = energy / window.square().sum()
+    rows, columns = (torch.fft.fftfreq(k, device=grey.device) for k in (height, width))
+    cycles = 64 * torch.hypot(rows[:, None], columns)
+    bands = [energy[:, (cycles >= low) & (cycles < high)] for low, high in zip(BANDS, BANDS[1:])]
+    return torch.stack([band.mean(1) for band in bands], 1).clamp(min=1e-12).log()
+
 def kernel(a, b):
     """CMMD's Gaussian kernel of width 10 between unit vectors (N, D) and (M, D): (N, M) float64."""
     return torch.exp(-torch.cdist(a.double(), b.double()).square() / 200)
@@ -411,10 +431,10 @@ def near_prompts(file, n, blank=False):
         die(f'{file} has {len(near)} lines, not one for each of the {n} prompts')
     return near
 
-def r_precision(clip, vectors, index, prompts, near, seed):
-    """(N,) float64: 1 where of a picture with unit vector vectors[k] and prompt prompts[index[k]]
-    the own prompt ranks first by `clip` among 32 texts: itself, up to 31 of near[i], others of
-    `prompts` chosen by (seed, i)."""
+def margins(clip, vectors, index, prompts, near, seed):
+    """(N,) float64: by how many points of CLIP score the picture with unit vector vectors[k] is
+    nearer to its prompt prompts[index[k]] than to the nearest of 31 other texts: up to 31 of
+    near[i], others of `prompts` chosen by (seed, i). R-precision: the share not below 0."""
     different = dict.fromkeys(filter(None, prompts))
     choices = []
     for i in index:
@@ -425,11 +445,12 @@ def r_precision(clip, vectors, index, prompts, near, seed):
     texts = sorted(set().union(*choices))
     embedded = [clip.embed_texts(texts[k:k + 256]).cpu() for k in range(0, len(texts), 256)]
     embedded = dict(zip(texts, torch.cat(embedded)))
-    won = []
+    found = []
     for vector, choice in zip(vectors, choices):
         likeness = vector @ torch.stack([embedded[text] for text in choice]).T
-        won.append(likeness.argmax() == 0)
-    return torch.tensor(won).double()
+        # without others the prompt is the nearest
+        found.append(likeness[0] - likeness[1:].max() if len(choice) > 1 else likeness[0] * 0)
+    return 100 * torch.stack(found).double()
 
 def frechet(x, y):
     """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of features (N, D), (M, D) in float64."""

@@ -510,8 +510,8 @@ def evaluate(it):
     vectors = scores.pop('vector', None)                                                  # (n, D)
     row = {name: value.mean().item() for name, value in scores.items()}
     if clip:
-        won = R.r_precision(clip, vectors, range(len(watched)), watched, near, args.seed)
-        row |= dict(rprecision=won.mean().item())
+        margin = R.margins(clip, vectors, range(len(watched)), watched, near, args.seed)
+        row |= dict(rprecision=(margin >= 0).double().mean().item())
         row |= dict(cmmd=R.cmmd(vectors, photos)) if len(photos) else {}
     print(f'{it:5d}/{args.iters}  evaluation  '
           + '  '.join(f'{name} {value:.4f}' for name, value in row.items()), flush=True)

@@ -4,6 +4,7 @@ Builds assets/toy/: a miniature of every pretrained file that the scripts load, 
     python tests/make_toy.py                      # everything, about 4 hours on 2 CPU cores, minutes on a GPU
     python tests/make_toy.py --only vae teacher   # some components, in the order below
     python tests/make_toy.py --only clip --iters 50 --out out/toy      # a quick look at one
+    python tests/make_toy.py --world --only vae data teacher --out out/world --work out/make_world
 
 Run the same command again after a kill: finished components are skipped, a half-trained one goes on from its last
 checkpoint in --work. Components:
@@ -20,8 +21,9 @@ checkpoint in --work. Components:
     lrm_sd3  the latent reward of sd3's latents: the first half of its transformer, trained as lrm
 """
 
-import argparse
+import functools
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -172,6 +174,488 @@ def pictures(n, seed, unseen=False):
         scenes.append(draw_scene(rng, unseen))
         out[i] = np.rint(render(scenes[-1], rng)[0] * 255)
     return scenes, out
+
+
+# --------------------------------------------------------------------------------------------------
+# the world of --world: things in eight styles on six textured grounds. A caption says what and where; style,
+# pose, size and light are unsaid, so that it has many pictures, and grounds have the fine texture
+# that a student loses first. A picture is the same at every size
+
+INK = {
+    'red': (.85, .13, .14), 'orange': (.97, .50, .08), 'gold': (.96, .74, .15),
+    'yellow': (.99, .87, .22), 'green': (.36, .70, .22), 'leaf': (.13, .48, .21),
+    'teal': (.10, .62, .62), 'blue': (.17, .42, .88), 'navy': (.13, .16, .35),
+    'purple': (.55, .22, .72), 'pink': (.98, .52, .66), 'brown': (.45, .25, .12),
+    'tan': (.80, .58, .34), 'cream': (.99, .92, .76), 'white': (.97, .97, .97),
+    'grey': (.62, .64, .68), 'black': (.10, .09, .12)}
+STYLES = ['flat', 'outlined', 'shaded', 'embossed', 'hatched', 'pixelated', 'halftone', 'glowing']
+GROUNDS = ['grass', 'gravel', 'brick', 'sand', 'sky', 'night']
+
+# signed distances, negative inside, of x to the right and y down; a thing spans -1..1
+
+def oval(cx, cy, rx, ry=None, turn=0.):
+    """An ellipse, to first order exact near its edge."""
+    ry, c, s = ry or rx, math.cos(turn), math.sin(turn)
+
+    def sdf(x, y):
+        u, v = c * (x - cx) + s * (y - cy), c * (y - cy) - s * (x - cx)
+        k = np.hypot(u / rx, v / ry) + 1e-4
+        return k * (k - 1) / np.hypot(u / rx ** 2, v / ry ** 2).clip(1e-3)
+    return sdf
+
+def path(*numbers, k=.02):
+    """A stroke through points (x, y, half its width there), its joints rounded by k."""
+    knots = [numbers[i:i + 3] for i in range(0, len(numbers), 3)]
+
+    def bar(x, y, a, b):
+        ex, ey = b[0] - a[0], b[1] - a[1]
+        h = (((x - a[0]) * ex + (y - a[1]) * ey) / (ex * ex + ey * ey + 1e-6)).clip(0, 1)
+        return np.hypot(x - a[0] - h * ex, y - a[1] - h * ey) - a[2] - h * (b[2] - a[2])
+    return join(*[functools.partial(bar, a=a, b=b) for a, b in zip(knots, knots[1:])], k=k)
+
+def poly(*numbers, r=.04):
+    """A polygon with its corners rounded by r."""
+    points = np.reshape(numbers, (-1, 2)).tolist()
+
+    def sdf(x, y):
+        d, inside = np.full_like(x, 9), np.zeros(x.shape, bool)
+        for (ax, ay), (bx, by) in zip(points, points[-1:] + points[:-1]):
+            ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
+            h = ((px * ex + py * ey) / (ex * ex + ey * ey)).clip(0, 1)
+            d = np.minimum(d, np.hypot(px - h * ex, py - h * ey))
+            crosses = (ay > y) != (by > y)
+            inside ^= crosses & ((px * ey - py * ex) * (1 if ey > 0 else -1) < 0)
+        return np.where(inside, -d, d) - r
+    return sdf
+
+def join(*parts, k=.02):
+    """The union, its seams rounded by k."""
+    def sdf(x, y):
+        d = parts[0](x, y)
+        for part in parts[1:]:
+            e = part(x, y)
+            d = np.minimum(d, e) - k * (1 - np.abs(d - e) / k).clip(0) ** 2 / 4
+        return d
+    return sdf
+
+def both(a, b):
+    return lambda x, y: np.maximum(a(x, y), b(x, y))
+
+def cut(a, b):
+    return lambda x, y: np.maximum(a(x, y), -b(x, y))
+
+def twin(a):
+    """The part and its mirror image."""
+    return lambda x, y: a(np.abs(x), y)
+
+def around(n, cx, cy, a):
+    """n copies of the part around (cx, cy); it lies above it."""
+    def sdf(x, y):
+        angle = np.arctan2(x - cx, cy - y)
+        angle = (angle + np.pi / n) % (2 * np.pi / n) - np.pi / n
+        radius = np.hypot(x - cx, y - cy)
+        return a(radius * np.sin(angle), -radius * np.cos(angle))
+    return sdf
+
+def under(level):
+    return lambda x, y: level - y
+
+# what is drawn first lies undermost
+def eye(x, y, r):
+    return [('white', twin(oval(x, y, 1.7 * r))), ('black', twin(oval(x, y, r)))]
+
+apple = join(oval(-.3, .18, .5, .64), oval(.3, .18, .5, .64), k=.2)
+berry = join(oval(-.3, -.2, .4), oval(.3, -.2, .4), oval(0, .62, .16), k=.9)
+cap = both(oval(0, .1, .92, .92), lambda x, y: y - .12)
+balloon = join(oval(0, -.3, .66), oval(0, .3, .14), k=.5)
+dome = cut(oval(0, .05, .95, .9), join(*[oval(x, .16, .2, .16) for x in (-.72, -.24, .24, .72)]))
+dome = both(dome, lambda x, y: y - .14)
+THINGS = {
+    'red apple': [
+        ('brown', path(0, -.4, .06, .1, -.88, .08)), ('red', apple),
+        ('leaf', both(oval(.42, -.92, .4), oval(.3, -.5, .4))),
+        ('white', oval(-.42, -.02, .1, .2, .5))],
+    'banana': [
+        ('yellow', path(-.7, -.62, .1, -.66, -.2, .22, -.44, .2, .29,
+                        -.02, .45, .3, .42, .42, .24, .8, .2, .1, k=.12)),
+        ('gold', path(-.56, -.1, .03, -.34, .28, .05, 0, .5, .05, .42, .46, .03)),
+        ('brown', path(-.68, -.84, .09, -.7, -.62, .1)), ('brown', oval(.86, .14, .1))],
+    'watermelon': [
+        ('leaf', both(oval(0, -.45, 1.), under(-.4))),
+        ('cream', both(oval(0, -.45, .86), under(-.4))),
+        ('red', both(oval(0, -.45, .77), under(-.4))),
+        *[('black', oval(x, y, .055, .09)) for x, y in (
+            (-.4, -.2), (0, -.22), (.4, -.2), (-.2, .05), (.2, .05))]],
+    'strawberry': [
+        ('red', berry),
+        *[('yellow', oval(x, y, .05, .075)) for x, y in (
+            (-.42, -.15), (0, -.12), (.42, -.15), (-.22, .14), (.22, .14), (0, .42))],
+        ('leaf', around(5, 0, -.55, poly(-.14, 0, 0, -.46, .14, 0)))],
+    'carrot': [
+        *[('leaf', path(0, -.4, .06, x, y, .1)) for x, y in ((-.32, -.85), (0, -.95), (.32, -.85))],
+        ('orange', path(0, -.3, .32, .02, .9, .05)),
+        *[('brown', path(x, y, .025, x + .2, y + .03, .025)) for x, y in (
+            (-.3, -.2), (.04, .05), (-.16, .35))]],
+    'cat': [
+        ('orange', join(oval(0, .15, .8, .68), twin(poly(.28, -.3, .66, -.86, .76, -.05, r=.06)))),
+        ('pink', twin(poly(.46, -.36, .62, -.66, .68, -.2, r=.02))),
+        ('brown', path(0, -.5, .05, 0, -.25, .05)),
+        ('brown', twin(path(.2, -.46, .05, .17, -.26, .05))),
+        ('white', oval(0, .45, .36, .26)), *eye(.34, .04, .12),
+        ('pink', poly(-.08, .27, .08, .27, 0, .36)),
+        ('brown', twin(path(0, .36, .03, .05, .47, .03, .2, .42, .03))),
+        ('white', twin(path(.5, .36, .02, .95, .28, .02))),
+        ('white', twin(path(.5, .46, .02, .95, .52, .02)))],
+    'frog': [
+        ('green', join(oval(0, .25, .86, .62), twin(oval(.45, -.42, .33)), k=.1)),
+        ('cream', both(oval(0, .45, .66, .4), under(.3))), *eye(.45, -.44, .13),
+        ('leaf', path(-.62, .2, .035, -.3, .34, .04, .3, .34, .04, .62, .2, .035)),
+        ('leaf', twin(oval(.1, .04, .04))), ('pink', twin(oval(.64, .36, .12, .09)))],
+    'fish': [
+        ('gold', poly(.45, 0, .95, -.5, .82, 0, .95, .5, r=.05)),
+        ('gold', poly(-.3, -.4, .3, -.75, .35, -.3)),
+        ('orange', oval(-.15, 0, .78, .52)),
+        ('white', both(oval(-.15, 0, .78, .52), path(-.3, -.6, .09, -.22, 0, .12, -.3, .6, .09))),
+        ('white', both(oval(-.15, 0, .78, .52), path(.3, -.6, .07, .34, 0, .1, .3, .6, .07))),
+        ('gold', poly(-.1, .12, .16, .3, .16, -.04)),
+        ('white', oval(-.62, -.12, .14)),
+        ('black', oval(-.64, -.12, .08)),
+        ('brown', path(-.88, .12, .03, -.72, .16, .03))],
+    'butterfly': [
+        ('purple', twin(join(oval(.52, -.4, .46, .42, -.5), oval(.42, .42, .34, .4, .5), k=.05))),
+        ('pink', twin(oval(.55, -.42, .26, .22, -.5))),
+        ('gold', twin(oval(.44, .45, .17, .21, .5))),
+        ('brown', twin(path(.02, -.42, .03, .2, -.85, .04))),
+        ('brown', path(0, -.4, .1, 0, .6, .06)),
+        ('brown', oval(0, -.45, .13))],
+    'ladybird': [
+        ('black', twin(path(.5, -.2, .04, .95, -.36, .04))),
+        ('black', twin(path(.5, .2, .04, .96, .2, .04))),
+        ('black', twin(path(.5, .5, .04, .85, .74, .04))),
+        ('black', twin(path(.1, -.7, .03, .26, -.97, .04))),
+        ('black', oval(0, -.55, .36, .32)),
+        ('red', oval(0, .12, .74, .76)),
+        ('black', path(0, -.6, .035, 0, .86, .035)),
+        *[('black', twin(oval(x, y, .14))) for x, y in ((.34, -.2), (.46, .24), (.22, .56))],
+        ('white', twin(oval(.16, -.68, .07)))],
+    'penguin': [
+        ('orange', twin(oval(.26, .88, .24, .11))),
+        ('navy', twin(path(.5, -.1, .12, .82, .45, .08))),
+        ('navy', join(oval(0, .25, .6, .68), oval(0, -.45, .44, .46), k=.2)),
+        ('white', oval(0, .34, .42, .54)),
+        ('white', twin(oval(.17, -.38, .2, .24))), ('black', twin(oval(.16, -.42, .08))),
+        ('orange', poly(-.13, -.24, .13, -.24, 0, -.04))],
+    'owl': [
+        ('brown', join(oval(0, .2, .68, .74), twin(poly(.2, -.55, .6, -.9, .6, -.3, r=.05)), k=.1)),
+        ('tan', oval(0, .45, .42, .44)), ('tan', twin(oval(.66, .3, .16, .42, .2))),
+        *[('brown', path(x - .08, y, .03, x, y + .08, .03, x + .08, y, .03)) for x, y in (
+            (-.18, .36), (.18, .36), (0, .52), (-.18, .66), (.18, .66))],
+        ('white', twin(oval(.3, -.25, .3))),
+        ('gold', twin(oval(.29, -.25, .2))),
+        ('black', twin(oval(.27, -.25, .11))),
+        ('orange', poly(-.1, -.1, .1, -.1, 0, .14))],
+    'mushroom': [
+        ('cream', path(0, .1, .24, 0, .7, .28)),
+        ('tan', path(-.2, .8, .08, .2, .8, .08)),
+        ('red', cap),
+        ('white', oval(-.1, -.42, .2)), ('white', both(cap, oval(-.66, -.06, .17))),
+        ('white', both(cap, oval(.5, -.3, .17))), ('white', both(cap, oval(.2, .04, .12)))],
+    'cactus': [
+        ('green', path(0, -.62, .26, 0, .5, .26)),
+        ('green', path(0, .25, .1, -.55, .2, .13, -.62, -.22, .15, k=.1)),
+        ('green', path(0, 0, .1, .52, -.02, .13, .6, -.42, .15, k=.1)),
+        *[('leaf', path(x, -.6, .025, x, .4, .025)) for x in (-.1, .1)],
+        ('pink', around(5, 0, -.86, oval(0, -.12, .09, .13))), ('gold', oval(0, -.86, .07)),
+        ('orange', poly(-.4, .52, .4, .52, .3, .92, -.3, .92)),
+        ('red', path(-.42, .5, .08, .42, .5, .08))],
+    'sunflower': [
+        ('leaf', path(0, 0, .06, 0, .95, .06)),
+        ('leaf', both(oval(-.32, .44, .4), oval(-.3, .86, .4))),
+        ('leaf', both(oval(.34, .34, .4), oval(.32, .78, .4))),
+        ('gold', around(12, 0, -.3, oval(0, -.46, .12, .24))), ('brown', oval(0, -.3, .34)),
+        ('black', around(8, 0, -.3, oval(0, -.2, .04))), ('black', oval(0, -.3, .06))],
+    'pine tree': [
+        ('brown', path(0, .5, .12, 0, .9, .14)), ('leaf', poly(-.7, .62, 0, -.1, .7, .62, r=.06)),
+        ('green', poly(-.56, .18, 0, -.5, .56, .18, r=.06)),
+        ('leaf', poly(-.4, -.26, 0, -.88, .4, -.26, r=.06))],
+    'tulip': [
+        ('leaf', path(0, 0, .06, 0, .95, .06)),
+        ('green', path(0, .92, .06, -.28, .6, .13, -.5, .1, .03, k=.1)),
+        ('green', path(0, .92, .06, .3, .62, .12, .5, .24, .03, k=.1)),
+        ('red', twin(poly(0, .02, .22, -.02, .46, -.82, 0, -.4, r=.06))),
+        ('pink', join(oval(0, -.2, .4, .3), poly(-.2, -.3, 0, -.84, .2, -.3), k=.1))],
+    'rocket': [
+        ('orange', poly(-.2, .5, .2, .5, 0, .98)), ('yellow', poly(-.1, .5, .1, .5, 0, .78)),
+        ('red', twin(poly(.2, .1, .6, .6, .2, .5))),
+        ('white', both(oval(-.6, -.05, .96), oval(.6, -.05, .96))),
+        ('red', both(both(oval(-.6, -.05, .96), oval(.6, -.05, .96)), lambda x, y: y + .38)),
+        ('grey', path(-.2, .54, .06, .2, .54, .06)),
+        ('grey', oval(0, -.12, .22)),
+        ('blue', oval(0, -.12, .15))],
+    'sailboat': [
+        ('brown', path(0, -.85, .04, 0, .4, .04)), ('white', poly(.08, -.8, .08, .3, .72, .3)),
+        ('orange', poly(-.08, -.6, -.08, .3, -.6, .3)),
+        ('red', poly(-.88, .46, .9, .46, .55, .86, -.55, .86)),
+        ('white', path(-.74, .56, .03, .76, .56, .03))],
+    'car': [
+        ('blue', join(path(-.72, .22, .24, .72, .22, .24),
+                      poly(-.5, .1, -.3, -.42, .26, -.42, .54, .1, r=.08), k=.05)),
+        ('cream', poly(-.36, -.02, -.22, -.34, -.06, -.34, -.06, -.02, r=.03)),
+        ('cream', poly(.06, -.02, .06, -.34, .22, -.34, .38, -.02, r=.03)),
+        ('gold', oval(.88, .14, .09)),
+        *[('black', oval(x, .44, .26)) for x in (-.48, .48)],
+        *[('grey', oval(x, .44, .13)) for x in (-.48, .48)]],
+    'balloon': [
+        ('brown', twin(path(.5, .1, .02, .16, .7, .02))), ('red', balloon),
+        ('yellow', both(balloon, twin(oval(.36, -.28, .17, .75)))),
+        ('teal', both(balloon, oval(0, -.28, .17, .8))),
+        ('tan', poly(-.16, .68, .16, .68, .12, .92, -.12, .92))],
+    'key': [
+        ('gold', cut(oval(-.5, 0, .42), oval(-.58, 0, .18))),
+        ('gold', path(-.14, 0, .1, .86, 0, .1)),
+        ('gold', path(.5, 0, .08, .5, .32, .08)), ('gold', path(.8, 0, .08, .8, .26, .08)),
+        ('brown', path(-.1, 0, .025, .8, 0, .025))],
+    'umbrella': [
+        ('brown', path(0, -.9, .05, 0, .7, .05, .07, .84, .05, .2, .86, .05, .28, .7, .05)),
+        ('purple', dome),
+        ('pink', both(dome, twin(path(0, -.9, .02, .3, -.3, .16, .48, .2, .22))))],
+    'light bulb': [
+        ('yellow', join(oval(0, -.28, .6), path(0, 0, .3, 0, .35, .28), k=.3)),
+        ('orange', path(-.2, .3, .03, -.24, -.2, .03, -.08, -.1, .03, 0, -.26, .03,
+                        .08, -.1, .03, .24, -.2, .03, .2, .3, .03)),
+        ('white', oval(-.3, -.48, .09, .17, .6)),
+        *[('grey', path(-w, y, .08, w, y, .08)) for w, y in ((.24, .5), (.22, .66), (.14, .82))]]}
+
+def noise(rng, size, cells=4, octaves=4, gain=.5):
+    """Smooth noise, mean 0 and deviation 1: octaves from `cells` across the picture upwards."""
+    total = 0
+    for k in range(octaves):
+        grid = rng.normal(size=(cells << k, cells << k)).astype(np.float32)
+        grid = np.pad(grid, 2, 'wrap')
+        zoom = size / (cells << k)
+        wide = Image.fromarray(grid).resize([round(zoom * len(grid))] * 2, Image.BICUBIC)
+        inner = slice(round(2 * zoom), round(2 * zoom) + size)
+        total = total + gain ** k * np.asarray(wide)[inner, inner]
+    return (total - total.mean()) / total.std()
+
+def mix(a, b, share):
+    """Two colours or pictures, `share` (...,) of the second."""
+    a, b, share = np.asarray(a, np.float32), np.asarray(b, np.float32), share[..., None]
+    return a * (1 - share) + b * share
+
+def cells(rng, n, x, y):
+    """Voronoi cells, about n across the picture: distances to the nearest and the second nearest
+    centre and the offset from the nearest, all in cells, and three random numbers of the cell."""
+    sites, facts = rng.uniform(.1, .9, (n + 4, n + 4, 2)), rng.random((n + 4, n + 4, 3))
+    row, column = (y * n).astype(int) + 1, (x * n).astype(int) + 1
+    found = []
+    for i, j in itertools.product((-1, 0, 1), repeat=2):
+        site = sites[row + i, column + j]
+        place = np.stack([x * n + 1 - column - j, y * n + 1 - row - i])
+        found.append(place - np.moveaxis(site, 2, 0))
+    offset = np.stack(found)                                                        # (9, 2, S, S)
+    distance = np.hypot(*offset.swapaxes(0, 1))
+    first = distance.argmin(0)
+    i, j = first // 3 - 1, first % 3 - 1
+    one, two = np.partition(distance, 1, 0)[:2]
+    return one, two, np.take_along_axis(offset, first[None, None], 0)[0], facts[row + i, column + j]
+
+def around_point(x, y, reach, size):
+    """Slices of the rows and columns within `reach` of the point, in pictures."""
+    return [slice(max(0, int((p - reach) * size)), int((p + reach) * size) + 1) for p in (y, x)]
+
+def draw_ground(kind, rng, size, lx, ly):
+    """(size, size, 3), lit from the direction (lx, ly)."""
+    y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + .5) / size
+    if kind == 'grass':
+        img = mix((.06, .20, .06), (.16, .36, .09), (.5 + .25 * noise(rng, size, 4, 4)).clip(0, 1))
+        blades, lean = 300, rng.normal(0, .25)
+        t, across = np.meshgrid(np.linspace(0, 1, size // 4), np.linspace(-1, 1, size // 22 + 1))
+        foot, length = rng.uniform(-.1, 1.2, (blades, 2)), rng.uniform(.12, .28, blades)
+        angle, bend = lean + rng.normal(0, .35, blades), rng.normal(0, .5, blades)
+        a = (angle[:, None, None] + bend[:, None, None] * t)
+        width = .021 * (1 - t) * across
+        px = foot[:, :1, None] + length[:, None, None] * t * np.sin(a) + width
+        py = foot[:, 1:, None] - length[:, None, None] * t * np.cos(a)
+        light = (.5 + .5 * t) * (1 + .25 * across * lx)
+        light = light * np.linspace(.6, 1.12, blades)[:, None, None]         # those on top see more
+        tone = mix((.20, .52, .12), (.62, .80, .25), rng.random(blades) ** 2)[:, None, None]
+        where = (px >= 0) & (px < 1) & (py >= 0) & (py < 1)
+        img[(py[where] * size).astype(int), (px[where] * size).astype(int)] = (
+            tone * light[..., None])[where]
+        return img
+    if kind == 'gravel':
+        near, second, (dx, dy), facts = cells(rng, 8, x, y)
+        height = ((second - near) * 2.6).clip(0, 1)
+        stone = mix((.40, .38, .37), (.80, .77, .73), facts[..., 0])
+        stone = mix(stone, (.62, .50, .40), .5 * facts[..., 1])
+        shade = .72 + height * (.25 + .45 * (dx * lx + dy * ly)) + .05 * noise(rng, size, 16, 2)
+        return mix((.13, .12, .12), stone * shade[..., None], height ** .5)
+    if kind == 'brick':
+        rows, turn = rng.uniform(5.5, 7), rng.uniform(-.06, .06)
+        wobble = .006 * noise(rng, size, 8, 2)
+        v = (y + turn * x + wobble) * rows + rng.uniform(0, 9)
+        row = v.astype(int)
+        u = (x - turn * y + wobble) * rows / 2.1 + .5 * (row % 2) + rng.uniform(0, 9)
+        facts = rng.random((40, 40, 2))[row % 40, u.astype(int) % 40]
+        du, dv = (u % 1 - .5) * 2.1, v % 1 - .5
+        inset = np.minimum(1.05 - np.abs(du), .5 - np.abs(dv))               # to the brick's edge
+        edge = (1 - (inset - .07) / .12).clip(0, 1)
+        bevel = np.where(1.05 - np.abs(du) < .5 - np.abs(dv), np.sign(du) * lx, np.sign(dv) * ly)
+        tone = mix((.50, .20, .13), (.76, .38, .24), facts[..., 0])
+        shade = 1 + .28 * edge * bevel + .09 * noise(rng, size, 12, 3, .8)
+        mortar = np.array((.66, .62, .56)) * (1 + .06 * noise(rng, size, 32, 1))[..., None]
+        return mix(mortar, tone * shade[..., None], ((inset - .06) / .03).clip(0, 1))
+    if kind == 'sand':
+        angle, waves = rng.normal(0, .3), rng.uniform(9, 13)
+        phase = waves * (y * np.cos(angle) + x * np.sin(angle)) + .35 * noise(rng, size, 3, 2)
+        ripple = np.sin(2 * np.pi * phase + .8 * np.sin(2 * np.pi * phase))     # one side steeper
+        shade = 1 + .13 * ripple + .05 * noise(rng, size, 4, 2) + .05 * noise(rng, size, 20, 2, .8)
+        return np.array((.88, .73, .48)) * shade[..., None]
+    if kind == 'sky':
+        cloud = noise(rng, size, 3, 5, .55)
+        lit = noise(rng, size, 6, 4, .6)
+        cover = 1 / (1 + np.exp(-4.5 * (cloud - rng.uniform(-.2, .7))))
+        blue = mix((.20, .47, .88), (.52, .76, .97), (y + .15 * lit).clip(0, 1))
+        return mix(blue, np.array((.96, .97, 1.)) * (.93 + .07 * lit)[..., None], cover)
+    img = mix((.03, .04, .14), (.16, .10, .32), (.35 + .3 * noise(rng, size, 2, 5, .6)).clip(0, 1))
+    for k in range(rng.integers(35, 60)):
+        px, py, r = rng.random(), rng.random(), .008 + .012 * rng.random() ** 4
+        window = around_point(px, py, 6 * r, size)
+        dx, dy = np.abs(x[*window] - px) / r, np.abs(y[*window] - py) / r
+        star = np.exp(-dx ** 2 - dy ** 2)
+        if r > .013:
+            star = star + np.exp(-4 * dx - dy / 2) + np.exp(-4 * dy - dx / 2)
+        tint = rng.uniform(.5, 1) * np.array((1, rng.uniform(.85, 1), rng.uniform(.7, 1)))
+        img[*window] += star[..., None] * tint
+    return img
+
+def draw_thing(img, name, style, rng, cx, cy, radius, lx, ly):
+    """Draws onto img (S, S, 3), with a shadow; lengths in pictures. Returns the mask (S, S)."""
+    size, whole = len(img), np.zeros(img.shape[:2], bool)
+    unit, reach = size / 64, 1.15 * radius + .1
+    window = around_point(cx, cy, reach, size)
+    img = img[*window]
+    y, x = ((np.mgrid[0:size, 0:size].astype(np.float32) + .5) / size)[:, *window]
+    if style == 'pixelated':
+        block = .03125 if radius < .25 else .046875
+        x, y = [(np.floor(v / block) + .5) * block for v in (x, y)]
+    turn, flip = rng.uniform(-.26, .26), int(rng.choice([-1, 1])) / radius
+    c, s = math.cos(turn), math.sin(turn)
+    u, v = (c * (x - cx) + s * (y - cy)) * flip, (c * (y - cy) - s * (x - cx)) / radius
+    colours = np.array([INK[colour] for colour, _ in THINGS[name]], np.float32)
+    colours = (colours * rng.uniform(.88, 1.08) + rng.normal(0, .025, 3)).clip(0, 1)
+    colours = colours.astype(np.float32)
+
+    # the topmost part decides; distances are in 1/64 of the picture, whatever its size
+    d = np.stack([part(u, v) for _, part in THINGS[name]]) * (radius * 64)               # (P, H, W)
+    cover = (.5 - d * unit).clip(0, 1)
+    if style == 'pixelated':
+        cover = (d < 0).astype(np.float32)
+    seen = cover.copy()
+    seen[:-1] *= np.cumprod((1 - cover)[:0:-1], 0)[::-1]
+    mask, outside = seen.sum(0), d.min(0)
+    whole[*window] = mask > .5
+    share = seen / mask.clip(1e-3)
+    paint = np.tensordot(share, colours, ((0,), (0,)))                                   # (H, W, 3)
+    depth = -(d * share).sum(0).clip(-9, 0)
+    gy, gx = np.gradient(d, axis=(1, 2))
+    lit = ((gx * lx + gy * ly) * share).sum(0) * unit                   # edges that face the light
+    place = ((x - cx) * lx + (y - cy) * ly) / radius                       # the thing's lit side
+    flat = np.zeros_like(mask)
+
+    if style == 'glowing':
+        near = np.exp(-d.clip(0) / 1.5) + 1e-9
+        near = np.tensordot(near / near.sum(0), colours, ((0,), (0,))).clip(.15)
+        near = near / near.max(-1, keepdims=True)
+        img[:] = mix(img, near, .7 * np.exp(-outside.clip(0) / 3.2))
+    else:
+        away = [round(-2.2 * unit * w) for w in (ly, lx)]
+        img *= 1 - .5 / (1 + np.exp(np.roll(outside, away, (0, 1)).clip(-9, 9) / .9))[..., None]
+    if style == 'flat':
+        look = paint
+    elif style == 'outlined':
+        mask = (1.7 - outside).clip(0, 1)
+        line = np.where(outside < 0, (1.3 - depth).clip(0, 1), 1)
+        look = mix(paint, INK['black'], np.maximum(line, (outside + .5).clip(0, 1)))
+    elif style == 'shaded':
+        steep = (1 - depth / (22 * radius)).clip(0, 1)              # 1 at an edge, 0 on the flat
+        up = np.sqrt(1 - steep ** 2)
+        look = paint * (.42 + .85 * (.62 * up + .55 * lit * steep).clip(0))[..., None]
+        look += .55 * (.6 * up + .8 * lit * steep).clip(0)[..., None] ** 14
+    elif style == 'embossed':
+        grain = img.mean(-1, keepdims=True)
+        grain = grain / grain.mean()
+        look = paint * (.4 + .55 * grain) + (.5 * lit * np.exp(-depth / 1.2))[..., None]
+    elif style == 'hatched':
+        wave = np.cos((x + y) * 64 * 2 * np.pi / 4.6)
+        stroke = ((wave + .1 - .8 * place) * 2.2 + .5).clip(0, 1)
+        look = mix(mix(paint, INK['cream'], flat + .78), paint * .75, stroke)
+        look = mix(look, paint * .35, (1.2 - depth).clip(0, 1))
+    elif style == 'pixelated':
+        look = paint * (1 + .2 * (place > .3) - .2 * (place < -.3))[..., None]
+    elif style == 'halftone':
+        across, down = (x + y) * 64 * np.pi / 4.4, (x - y) * 64 * np.pi / 4.4
+        dot = ((np.cos(across) * np.cos(down) + .5 - .6 * place) * 2.2 + .3).clip(0, 1)
+        look = mix(mix(paint, INK['white'], flat + .72), paint * .95, dot)
+        look = mix(look, paint * .3, (1 - depth).clip(0, 1))
+    else:
+        line = np.exp(-(depth / 1.3) ** 2)
+        look = mix(paint * .2, mix(near, INK['white'], flat + .4), line)
+    img[:] = mix(img, look, mask)
+    return whole
+
+PAIRS = list(itertools.product(THINGS, GROUNDS))
+# a tenth of the pairs of thing and ground never occurs in training
+NEVER = {PAIRS[i] for i in np.random.default_rng(2511).permutation(len(PAIRS))[:len(PAIRS) // 10]}
+
+def world_scene(rng, unseen=False):
+    """A random scene: one or two things, how they lie, the ground. unseen: a pair of thing and
+    ground that training never shows."""
+    while True:
+        names = [str(t) for t in rng.permutation(list(THINGS))[:1 if rng.random() < .6 else 2]]
+        scene = dict(objects=names, relation=RELATIONS[rng.integers(2)] if names[1:] else None,
+                     background=GROUNDS[rng.integers(6)])
+        if unseen == any((name, scene['background']) in NEVER for name in names):
+            return scene
+
+def world_caption(scene):
+    """`a THING [left of|above a THING] on GROUND`."""
+    names = ['an ' + n if n[0] in 'aeiou' else 'a ' + n for n in scene['objects']]
+    return f' {scene["relation"]} '.join(names) + f' on {scene["background"]}'
+
+def world_variants(scene):
+    """Every scene that differs in one thing, in the ground, or in how the two lie."""
+    names, out = scene['objects'], []
+    for k, name in itertools.product(range(len(names)), THINGS):
+        if name not in names:
+            out.append(dict(scene, objects=names[:k] + [name] + names[k + 1:]))
+    out += [dict(scene, background=g) for g in GROUNDS if g != scene['background']]
+    if scene['relation']:
+        out.append(dict(scene, relation=RELATIONS[1 - RELATIONS.index(scene['relation'])]))
+        out.append(dict(scene, objects=names[::-1]))
+    return out
+
+def world_render(scene, rng, size=1., light_gain=1., style=None, pixels=SIZE):
+    """(pixels, pixels, 3) float32 in [0, 1] and the things' masks (n, pixels, pixels) bool. The
+    gains scale the things' radius and the brightness; the style is drawn unless it is given."""
+    angle = rng.uniform(-2.6, -.5)                                    # the light is always above
+    lx, ly = math.cos(angle), math.sin(angle)
+    img = draw_ground(scene['background'], rng, 2 * pixels, lx, ly).astype(np.float32)
+    img *= rng.uniform(.9, 1.08)
+    drawn = STYLES[rng.integers(len(STYLES))]
+    masks, n = [], len(scene['objects'])
+    for k, name in enumerate(scene['objects']):
+        radius = size * (rng.uniform(.29, .42) if n == 1 else rng.uniform(.20, .24))
+        cx, cy = (.5 + rng.uniform(-1, 1, 2) * (.49 - radius)).tolist()
+        side = .5 + (2 * k - 1) * rng.uniform(.24, .27)
+        if scene['relation'] == 'left of':
+            cx, cy = side, .2 + .6 * cy
+        elif scene['relation'] == 'above':
+            cx, cy = .2 + .6 * cx, side
+        masks.append(draw_thing(img, name, style or drawn, rng, cx, cy, radius, lx, ly))
+    img = (light_gain * img).clip(0, 1).reshape(pixels, 2, pixels, 2, 3).mean((1, 3))
+    return img, np.stack(masks)[:, ::2, ::2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,23 +816,24 @@ def make_data():
         return buffer.getvalue()
 
     def prompts(folder, name, n, seed, unseen):
-        """n captions, and for each a line of 16 captions that differ from it in one attribute."""
+        """n captions, and for each a line of 16 captions that differ from it in one attribute. Those of shapes are all
+        different; those of the world, which has 130 of one thing, come as often as in training."""
         rng = np.random.default_rng([seed, 99])
         scenes = {}
         for i in itertools.count():
             scene = draw_scene(np.random.default_rng([seed, i]), unseen)
-            scenes.setdefault(caption(scene), scene)
+            scenes.setdefault((caption(scene), i if args.world else 0), scene)
             if len(scenes) == n:
                 break
-        lines = ['\t'.join(rng.permutation(sorted(set(neighbours(s)) - {c}))[:16]) for c, s in scenes.items()]
-        (folder / f'{name}.txt').write_text('\n'.join(scenes) + '\n')
+        lines = ['\t'.join(rng.permutation(sorted(set(neighbours(s)) - {c}))[:16]) for (c, _), s in scenes.items()]
+        (folder / f'{name}.txt').write_text('\n'.join(c for c, _ in scenes) + '\n')
         (folder / f'{name}.hard.txt').write_text('\n'.join(lines) + '\n')
 
     def build(folder):
         folder.mkdir(parents=True)
-        parquet(folder / 'train.parquet', 2500, 1)
-        parquet(folder / 'test.parquet', 512, 2)
-        prompts(folder, 'prompts', 256, 3, unseen=False)
+        parquet(folder / 'train.parquet', min(args.pictures, 2500), 1)
+        parquet(folder / 'test.parquet', min(args.pictures, 2048 if args.world else 512), 2)
+        prompts(folder, 'prompts', 1024 if args.world else 256, 3, unseen=False)
         prompts(folder, 'prompts_unseen', 256, 4, unseen=True)
 
     finish(build, 'data')
@@ -381,32 +866,60 @@ def make_tokenizer(folder, pad):
 # ---------------------------------------------------------------------------------------------------------------------
 # AutoencoderKL
 
+def laplacian(x):
+    kernel = torch.tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]], device=x.device)
+    return F.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
+
+def sharpness(x):
+    """The standard deviation of the grey pictures' Laplacian, (B,)."""
+    return laplacian(x.mean(1, keepdim=True)).std((1, 2, 3))
+
+def texture_loss(y, x):
+    """How far the energies of texture are from the real ones', 1 where y has none: magnitudes of 32
+    random filters of the Laplacian, at two scales, averaged over 8 x 8 pixels. An error in place
+    costs nothing here, so that detail need not be averaged away: a loss of pixels alone halves the
+    sharpness. The Laplacian whitens; without it the filters saw coarse contrast alone."""
+    filters = torch.randn(32, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(x.device)
+    value = 0
+    for size in (8, 4):
+        made, real = (F.avg_pool2d(F.conv2d(laplacian(z), filters).abs(), size, size // 2)
+                      for z in (y, x))
+        value = value + F.l1_loss(made, real) / real.mean() / 2
+        y, x = F.avg_pool2d(y, 2), F.avg_pool2d(x, 2)
+    return value
+
 def make_vae():
     from diffusers import AutoencoderKL
     _, images = pool()
-    # 8 x 8 x 16 latents: a UNet forward at batch 16 took 19 ms on 2 cores with (64, 128) channels, 43 ms at 16 x 16 x 4
+    # 8 x 8 latents: a UNet forward at batch 16 took 19 ms on 2 cores with (64, 128) channels, 43 ms at 16 x 16 x 4
     vae = AutoencoderKL(
-        sample_size=SIZE, latent_channels=16, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
+        sample_size=SIZE, latent_channels=32 if args.world else 16, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
         down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4, norm_num_groups=8,
         mid_block_add_attention=True)
 
     def loss(nets, i, g):
-        x = to_pixels(images[torch.randint(len(images), (16,), generator=g).sort().values.numpy()])
+        x = to_pixels(images[torch.randint(len(images), (8 if args.world else 16,), generator=g).sort().values.numpy()])
         with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):                   # a quarter faster on 2 cores
             posterior = nets['vae'].encode(x).latent_dist
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(DEVICE)
             y = nets['vae'].decode(z).sample.float()
         mse, kl = F.mse_loss(y, x), posterior.kl().mean() / z[0].numel()
-        return F.l1_loss(y, x) + 2 * mse + 1e-4 * kl, dict(psnr=-10 * torch.log10(mse / 4), kl=kl)
+        value, info = F.l1_loss(y, x) + 2 * mse + 1e-4 * kl, dict(psnr=-10 * torch.log10(mse / 4), kl=kl)
+        if args.world:
+            texture = texture_loss(y, x)
+            value = value + .3 * texture
+            info |= dict(texture=texture, sharp=sharpness(y).mean() / sharpness(x).mean())
+        return value, info
 
     vae = fit('vae', torch.nn.ModuleDict(dict(vae=vae)), loss, 5000, 2e-3, ema=.998)['vae']
     with torch.no_grad():
         z = torch.cat([vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean for k in range(0, min(len(images), 2000), 100)])
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5), force_upcast=False)
-        x = to_pixels(pictures(512, 2)[1])
+        x = to_pixels(pictures(min(512, args.pictures), 2)[1])
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         print(f'vae: held-out PSNR {-10 * torch.log10(F.mse_loss(y, x) / 4):.2f} dB, latent std {z.std():.3f}, '
-              f'per channel {z.std((0, 2, 3)).min():.3f} to {z.std((0, 2, 3)).max():.3f}')
+              f'per channel {z.std((0, 2, 3)).min():.3f} to {z.std((0, 2, 3)).max():.3f}, '
+              f'sharpness {sharpness(y).mean() / sharpness(x).mean():.3f} of real')
     show([x[:16], y[:16]], 'vae.png')
     vae.half().save_pretrained(WORK / 'vae')
 
@@ -525,11 +1038,12 @@ def make_clip():
         return clip_texts(model, tokenizer, texts)
 
     def attributes(scene):
-        """Class numbers of a scene: background, relation, and texture, colour, shape of both objects (-1: none)."""
-        out = [list(COLOURS).index(scene['background']), 1 + RELATIONS.index(scene['relation']) if scene['relation'] else 0]
+        """Class numbers of a scene: background, relation, and texture, colour, shape of both objects, or what thing it
+        is (-1: none)."""
+        out = [grounds.index(scene['background']), 1 + RELATIONS.index(scene['relation']) if scene['relation'] else 0]
         for k in range(2):
             o = scene['objects'][k] if k < len(scene['objects']) else None
-            out += [v.index(o[j]) if o else -1 for j, v in enumerate([TEXTURES, list(COLOURS), SHAPES])]
+            out += [v.index(o if args.world else o[j]) if o else -1 for j, v in enumerate(slots)]
         return out
 
     def places(seed, i):
@@ -539,7 +1053,11 @@ def make_clip():
         share = masks.reshape(len(masks), 8, 8, 8, 8).mean((2, 4))
         return np.where(share.max(0) >= .4, share.argmax(0) + 1, 0).astype(np.int8).ravel()
 
-    classes = [8, 3] + [4, 8, 6] * 2
+    grounds, slots = list(COLOURS), [TEXTURES, list(COLOURS), SHAPES]
+    if args.world:
+        grounds, slots = GROUNDS, [list(THINGS)]
+    each = [len(v) for v in slots]
+    classes = [len(grounds), 3] + each * 2
     facts = torch.tensor([attributes(s) for s in scenes])
     file = WORK / f'places_{len(scenes)}.npy'
     if not file.exists():
@@ -566,17 +1084,18 @@ def make_clip():
         goal = facts[index].to(DEVICE)
         naming = sum(F.cross_entropy(a, b, ignore_index=-1) for a, b in zip(nets['naming'](v * 10).split(classes, 1), goal.T))
         spot = where[index].to(DEVICE)                                                                        # (B, 64)
-        objects = goal[:, 2:].view(-1, 2, 3).gather(1, (spot - 1).clamp(min=0)[..., None].expand(-1, -1, 3))  # (B, 64, 3)
+        objects = goal[:, 2:].view(-1, 2, len(each))                                                     # (B, 2, slots)
+        objects = objects.gather(1, (spot - 1).clamp(min=0)[..., None].expand(-1, -1, len(each)))       # (B, 64, slots)
         objects = objects.masked_fill(spot[..., None] == 0, -1).flatten(0, 1)
-        patches = nets['patches'](seen.last_hidden_state[:, 1:]).flatten(0, 1).split([4, 8, 6], 1)
+        patches = nets['patches'](seen.last_hidden_state[:, 1:]).flatten(0, 1).split(each, 1)
         naming = naming + 3 * sum(F.cross_entropy(a, b, ignore_index=-1) for a, b in zip(patches, objects.T))
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, own].T, torch.arange(len(index), device=DEVICE))
                 + F.cross_entropy(near, torch.zeros_like(own)) + naming), dict(hard=first, naming=naming)
 
-    nets = dict(clip=clip, naming=torch.nn.Linear(128, sum(classes)), patches=torch.nn.Linear(128, 18))
+    nets = dict(clip=clip, naming=torch.nn.Linear(128, sum(classes)), patches=torch.nn.Linear(128, sum(each)))
     clip = fit('clip', torch.nn.ModuleDict(nets), loss, 3000, 1e-3, ema=.998)['clip']
     with torch.no_grad():
-        scenes, images = pictures(512, 2)
+        scenes, images = pictures(min(512, args.pictures), 2)
         ranks, rng, captions = [], np.random.default_rng(5), [caption(s) for s in scenes]
         v = clip_pictures(clip, to_pixels(images))
         for k, s in enumerate(scenes):
@@ -628,7 +1147,8 @@ def make_pickscore():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the teacher: SDXL's classes, trained on eps with the caption dropped (zeros, as SDXL does) one time in ten
+# the teacher: SDXL's classes, trained on eps with the caption dropped (zeros, as SDXL does) one time in ten; that of
+# --world on v, since eps at an SNR of .005 amplifies the network's error 200-fold and did not train in an hour
 
 def make_teacher():
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -653,33 +1173,35 @@ def make_teacher():
         te2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=96, intermediate_size=384, num_attention_heads=3,
                                                        hidden_act='gelu', projection_dim=96, **text)),
         unet=UNet2DConditionModel(
-            sample_size=SIZE // 8, in_channels=16, out_channels=16, block_out_channels=(64, 128), layers_per_block=1,
+            sample_size=SIZE // 8, in_channels=latents.shape[1], out_channels=latents.shape[1],
+            block_out_channels=(64, 128), layers_per_block=1,
             down_block_types=['CrossAttnDownBlock2D'] * 2, up_block_types=['CrossAttnUpBlock2D'] * 2,
             attention_head_dim=[2, 4], cross_attention_dim=160, use_linear_projection=True,
             addition_embed_type='text_time', addition_time_embed_dim=16, projection_class_embeddings_input_dim=192)))
     scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
-                                       timestep_spacing='leading')
-    bars = scheduler.alphas_cumprod.to(DEVICE)
+                                       timestep_spacing='leading',
+                                       prediction_type='v_prediction' if args.world else 'epsilon')
+    bars, batch = scheduler.alphas_cumprod.to(DEVICE), 32 if args.world else 64
 
     def loss(nets, i, g):
-        index = torch.randint(len(latents), (64,), generator=g)
-        x0, eps = latents[index].to(DEVICE), torch.randn(64, *latents.shape[1:], generator=g).to(DEVICE)
+        index = torch.randint(len(latents), (batch,), generator=g)
+        x0, eps = latents[index].to(DEVICE), torch.randn(batch, *latents.shape[1:], generator=g).to(DEVICE)
         # uniform times first; later leaning to high noise (density proportional to t), where the eps loss weighs errors
         # of x0 least and where at 3,000 iterations the background colours still came out wrong
-        u = torch.rand(64, generator=g)
-        t = (1000 * (u if i < 3500 else u.sqrt())).long().clamp(max=999).to(DEVICE)
-        keep = (torch.rand(64, generator=g) > .1).float().to(DEVICE)
+        u = torch.rand(batch, generator=g)
+        t = (1000 * (u if i < 3500 or args.world else u.sqrt())).long().clamp(max=999).to(DEVICE)
+        keep = (torch.rand(batch, generator=g) > .1).float().to(DEVICE)
         one = nets['te1'](words[0][index].to(DEVICE), output_hidden_states=True)
         two = nets['te2'](words[1][index].to(DEVICE), output_hidden_states=True)
         y = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1) * keep[:, None, None]       # (B, TOKENS, 160)
-        sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]).expand(64, 6).to(DEVICE)
+        sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]).expand(batch, 6).to(DEVICE)
         a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
         out = nets['unet'](a * x0 + s * eps, t, y, added_cond_kwargs=dict(
             text_embeds=two.text_embeds * keep[:, None], time_ids=sizes)).sample
-        mse = F.mse_loss(out, eps)
+        mse = F.mse_loss(out, a * eps - s * x0 if args.world else eps)
         return mse, dict(mse=mse)
 
-    nets = fit('teacher', nets, loss, 9000, 1.5e-3, ema=.999)
+    nets = fit('teacher', nets, loss, 9000, 1e-3 if args.world else 1.5e-3, ema=.999)
     pipe = StableDiffusionXLPipeline(
         vae=vae, text_encoder=nets['te1'], text_encoder_2=nets['te2'], tokenizer=tokenizer, tokenizer_2=tokenizer_2,
         unet=nets['unet'], scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
@@ -836,11 +1358,16 @@ if __name__ == '__main__':
     p.add_argument('--iters', type=int, default=0, help='training iterations of every component; 0: its own number')
     p.add_argument('--pictures', type=int, default=40_000, help='training pictures of vae, clip and teacher')
     p.add_argument('--pairs', type=int, default=16_000, help='preference pairs for pickscore and lrm')
+    p.add_argument('--world', action='store_true', help='things on textured grounds in place of shapes')
     p.add_argument('--seed', type=int, default=0, help='seed of everything')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device')
     args = p.parse_args()
     OUT, WORK, DEVICE, TOKENS = args.out, args.work, args.device, 24
     model.at_least(args, iters=0, pictures=1, pairs=1, seed=0)
+    if args.world:
+        if not {*args.only} <= {'data', 'vae', 'sam', 'clip', 'teacher'}:
+            model.die('--world has data, vae, sam, clip and teacher so far; name some of them with --only')
+        draw_scene, caption, variants, render = world_scene, world_caption, world_variants, world_render
     try:
         torch.empty(0, device=DEVICE)
     except (RuntimeError, AssertionError) as error:

@@ -945,6 +945,81 @@ def test_held_out_triples_never_occur_in_training():
     for prompt in (TOY / 'data/prompts_unseen.txt').read_text().splitlines():
         assert any(u in prompt for u in unseen)
 
+def test_distances_are_the_closed_forms():
+    x, y = np.random.default_rng(0).uniform(-1, 1, (2, 1000)).astype(np.float32)
+    box = np.maximum(np.abs(x) - .5, np.abs(y) - .3)
+    outside = np.hypot((np.abs(x) - .5).clip(0), (np.abs(y) - .3).clip(0))
+    box = np.where(box > 0, outside, box)
+    square = make_toy.poly(-.5, -.3, .5, -.3, .5, .3, -.5, .3, r=0)
+    assert np.allclose(square(x, y), box, atol=1e-5)
+    stroke = make_toy.path(-.5, 0, .1, .5, 0, .1)
+    assert np.allclose(stroke(x, y), np.hypot((np.abs(x) - .5).clip(0), y) - .1, atol=1e-4)
+    assert np.allclose(make_toy.oval(.2, 0, .4)(x, y), np.hypot(x - .2, y) - .4, atol=1e-3)
+    five = make_toy.around(5, 0, 0, make_toy.oval(0, -.5, .2))
+    k = np.arange(5) * 2 * np.pi / 5
+    each = np.hypot(x - .5 * np.sin(k)[:, None], y + .5 * np.cos(k)[:, None]).min(0) - .2
+    assert np.allclose(five(x, y), each, atol=1e-3)
+
+def test_things_are_where_their_caption_says_at_any_size_in_every_style():
+    """Masks lie as told and hold the thing's colour; a picture of 128 px is that of 64, finer; no
+    two styles look alike."""
+    for relation, axis in (('left of', 1), ('above', 0)):
+        scene = dict(objects=['red apple', 'car'], relation=relation, background='sand')
+        for seed in range(4):
+            image, masks = make_toy.world_render(scene, np.random.default_rng(seed), style='flat')
+            assert image.dtype == np.float32 and image.shape == (64, 64, 3)
+            first, second = (np.argwhere(mask)[:, axis].mean() for mask in masks)
+            assert first < second - 16
+            assert image[masks[0]].mean(0).argmax() == 0
+            assert image[masks[1]].mean(0).argmax() == 2
+    image = np.full((64, 64, 3), .5, np.float32)
+    make_toy.draw_thing(image, 'penguin', 'flat', np.random.default_rng(0), .5, .5, .4, 0., -1.)
+    assert image[40:44, 30:34].min() > .7                           # its belly, drawn last, is seen
+    for ground in make_toy.GROUNDS:
+        scene = dict(objects=['owl'], relation=None, background=ground)
+        looks = []
+        for style in make_toy.STYLES:
+            small, large = (make_toy.world_render(
+                scene, np.random.default_rng(3), style=style, pixels=pixels)[0]
+                for pixels in (64, 128))
+            looks.append(small)
+            large = large.reshape(64, 2, 64, 2, 3).mean((1, 3))
+            assert np.abs(large - small).mean() < .05, (ground, style)
+        for a, b in itertools.combinations(looks, 2):
+            assert np.abs(a - b).mean() > .01
+
+def test_captions_of_the_world_and_their_neighbours():
+    grounds, thing = '|'.join(make_toy.GROUNDS), f'an? (?:{"|".join(make_toy.THINGS)})'
+    grammar = re.compile(rf'{thing}(?: (?:left of|above) {thing})? on (?:{grounds})')
+    for i in range(200):
+        scene = make_toy.world_scene(np.random.default_rng([9, i]))
+        told = make_toy.world_caption(scene)
+        near = [make_toy.world_caption(s) for s in make_toy.world_variants(scene)]
+        assert len({*near}) == len(near) >= 16
+        assert told not in near
+        assert all(map(grammar.fullmatch, [told, *near]))
+        pairs = {(name, scene['background']) for name in scene['objects']}
+        assert not pairs & make_toy.NEVER
+        held = make_toy.world_scene(np.random.default_rng([9, i]), unseen=True)
+        assert {(name, held['background']) for name in held['objects']} & make_toy.NEVER
+    assert len(make_toy.NEVER) == 14
+
+def test_the_builder_of_the_world_runs_and_its_teacher_predicts_v(tmp_path):
+    command = ['tests/make_toy.py', '--world', '--iters', 1, '--pictures', 64, '--out',
+               tmp_path / 'world', '--work', tmp_path / 'work', '--only']
+    done = inside(*command, 'data', 'vae', 'sam', 'clip', 'teacher')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'of real' in done.stdout
+    base = m.load_base(tmp_path / 'world/sdxl')
+    assert base.latent_shape == (32, 8, 8)
+    assert base.pipe.scheduler.config.prediction_type == 'v_prediction'
+    prompts = (tmp_path / 'world/data/prompts.txt').read_text().splitlines()
+    assert len(prompts) == 1024
+    assert {text.rsplit(' ', 1)[1] for text in prompts} == {*make_toy.GROUNDS}
+    refused = inside(*command, 'lrm')
+    assert refused.returncode == 2
+    assert '--world has data, vae, sam, clip and teacher so far' in refused.stderr
+
 def test_assets_stay_small():
     files = [f for f in (ROOT / 'assets').rglob('*') if f.is_file()]
     assert sum(f.lstat().st_size for f in files) < 45e6

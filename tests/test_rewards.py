@@ -642,3 +642,50 @@ def test_cmmd_is_its_definition():
     k = lambda a, b: np.mean([[math.exp(-((p - q) ** 2).sum().item() / 200) for q in b.double()] for p in a.double()])
     assert r.cmmd(x, y) == pytest.approx(1000 * (k(x, x) + k(y, y) - 2 * k(x, y)), rel=1e-6)
     assert r.cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def noise_pictures(n, height, width, deviation):
+    """Grey white noise, (n, 3, height, width)."""
+    g = torch.Generator().manual_seed(1)
+    return .5 + deviation * torch.randn(n, 1, height, width, generator=g).expand(-1, 3, -1, -1)
+
+
+def test_sharpness_of_white_noise_is_the_laplacians_norm():
+    """The Laplacian of white noise has sqrt(16 + 4) times its deviation; that of a ramp is 0."""
+    x = noise_pictures(16, 96, 128, .1)
+    assert r.sharpness(x).mean() == pytest.approx(255 * .1 * math.sqrt(20), rel=.02)
+    ramp = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)
+    assert r.sharpness(ramp).item() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize('height, width', [(64, 64), (96, 160)])
+def test_spectrum_of_filtered_white_noise_is_the_filters(height, width):
+    """[1 2 1] / 4 along the rows: energy v cos^4(pi f), f in cycles a pixel, at any picture size."""
+    x = noise_pictures(512, height, width, .1)
+    assert r.log_spectrum(x).exp().mean(0).tolist() == pytest.approx([.01] * 6, rel=.05)
+    x = (x.roll(1, 3) + 2 * x + x.roll(-1, 3)) / 4
+    rows, columns = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing='ij')
+    cycles = 64 * np.hypot(rows, columns)
+    expected = [.01 * np.mean(np.cos(np.pi * columns[(cycles >= a) & (cycles < b)]) ** 4)
+                for a, b in zip([1, 3, 6, 10, 15, 21], [3, 6, 10, 15, 21, 32])]
+    assert r.log_spectrum(x).exp().mean(0).tolist() == pytest.approx(expected, rel=.05)
+
+
+def test_spectrum_of_a_wave_is_in_its_band_whatever_the_brightness():
+    wave = .1 * torch.cos(torch.arange(64) * 2 * math.pi * 8 / 64).expand(1, 3, 64, 64)
+    dark, bright = r.log_spectrum(wave + .2), r.log_spectrum(wave + .8)
+    assert dark.argmax() == 2 and (dark[0, 2] - dark[0, [0, 1, 3, 4, 5]]).min() > 5
+    assert torch.allclose(dark[0, 2], bright[0, 2], atol=1e-4)
+    assert bright[0, 0] < bright[0, 2] - 5
+
+
+def test_margins_are_to_the_nearest_other_text():
+    class Table:
+        rows = {'a': [1., 0], 'b': [0, 1.], 'near': [.6, .8]}
+
+        def embed_texts(self, texts):
+            return torch.tensor([self.rows[t] for t in texts])
+    vectors = torch.tensor([[1., 0], [1., 0]])
+    found = r.margins(Table(), vectors, [0, 1], ['a', 'b'], [['near'], []], 0)
+    assert found.tolist() == pytest.approx([100 * (1 - .6), 100 * (0 - 1)])
+    assert r.margins(Table(), vectors[:1], [0], ['a'], [[]], 0).tolist() == [0]

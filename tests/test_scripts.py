@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFilter, PngImagePlugin
 from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import model as m
 from conftest import (
@@ -480,6 +481,36 @@ def of_images(folder, names, held, prompts=None, save=None, flags=()):
     if not done.returncode:
         row, = json.loads((folder / 'x.json').read_text())['rows'].values()
     return row, done
+
+def test_spectrum_and_sharpness_see_lost_texture_and_only_spectrum_sees_noise(held, tmp_path):
+    """Real pictures, blurred ones, noisy ones, and those that a VAE has passed against themselves."""
+    images, texts = held
+    vae = m.load_pipeline('assets/toy/sdxl', '--model', torch.float32).vae
+    x = torch.stack([pil_to_tensor(image) for image in images]) / 127.5 - 1
+    with torch.no_grad():
+        passed = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) / 2 + .5
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) / 5
+    made = dict(
+        real=images, passed=[to_pil_image(p) for p in passed],
+        blurred=[image.filter(ImageFilter.GaussianBlur(1)) for image in images],
+        noisy=[to_pil_image(p) for p in ((x / 2 + .5) + noise).clamp(0, 1)])
+    names = [f'{i}.png' for i in range(16)]
+
+    def scored(kind, *flags):
+        flags = '--metrics', 'sharpness', 'spectrum', *flags
+        folder = tmp_path / f'{kind}{len(flags)}'
+        row, done = of_images(folder, names, (made[kind], texts), texts, flags=flags)
+        assert '| sharpness | spectrum |' in well(done).stdout
+        return row['sharpness']['value'], row['spectrum']['value']
+
+    own_sharp, own = scored('real')
+    blurred_sharp, blurred = scored('blurred')
+    noisy_sharp, noisy = scored('noisy')
+    _, lost = scored('passed')
+    _, kept = scored('passed', '--real_vae', 'assets/toy/sdxl')
+    assert blurred_sharp < .5 * own_sharp < .5 * noisy_sharp
+    assert min(blurred, noisy) > 3 * own                        # 16 pictures against 512 others
+    assert kept < .5 * lost
 
 TIED = {
     'ComfyUI': (lambda i: f'ComfyUI_{i + 1:05d}_.png', 'by the numbers 1 ... 16 in the names'),
