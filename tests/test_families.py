@@ -293,6 +293,7 @@ def test_a_saved_lora_is_the_student_at_scale_one(base, tmp_path, alpha):
         again = base.trainable(lora)
         m.restore_student(base, again, tmp_path / 'student', lora)
         assert torch.allclose(base.predict(again, *at), ours, atol=1e-5)
+    assert torch.allclose(m.Schedule(pipe.scheduler).steps(4), base.schedule.steps(4))
     assert (facts['lora']['rank'], facts['lora']['alpha']) == (4, alpha)
     kept = json.loads((tmp_path / 'student/scheduler/scheduler_config.json').read_text())
     names = dict(unet='LCMScheduler', transformer='FlowMatchLCMScheduler')

@@ -292,8 +292,14 @@ def iteration(script, out, it, nets, *flags):
     names on its page."""
     rest = dict(rl_ratio=5) if script == 'train_stage2.py' else {}
     model = flags[flags.index('--model') + 1]
+    if '--fake_lora' in flags:
+        rest['fake_lora'] = flags[flags.index('--fake_lora') + 1]
+    ranks = [len(w) for name, w in m.trained(nets['student']).items() if 'lora_A' in name]
+    rest['lora'] = ranks[0] if ranks else 0
     state_of(out, it, nets, model=model, **rest)
-    more = ['--rl_lr', 0, '--eval_every', 0, '--critic_warmup', 0] if rest else []
+    more = []
+    if script == 'train_stage2.py':
+        more = ['--rl_lr', 0, '--eval_every', 0, '--critic_warmup', 0]
     done = inside(
         script, *more, '--out', out, '--iters', it + 1, '--batch', BATCH, '--micro', 2, '--cfg',
         CFG, '--gan_weight', WEIGHT, '--student_lr', 0, '--fake_lr', 0, '--heads_lr', 0, '--warmup',
