@@ -1181,7 +1181,7 @@ def make_teacher():
     scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
                                        timestep_spacing='leading',
                                        prediction_type='v_prediction' if args.world else 'epsilon')
-    bars, batch = scheduler.alphas_cumprod.to(DEVICE), 32 if args.world else 64
+    bars, batch = scheduler.alphas_cumprod.to(DEVICE), 16 if args.world else 64
 
     def loss(nets, i, g):
         index = torch.randint(len(latents), (batch,), generator=g)
