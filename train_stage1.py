@@ -454,6 +454,9 @@ for it in range(start, args.iters + 1):
         if gan:
             log('gan/g', L_adv)
             log('grad/gan', norm(d_v))
+        if gan and not args.split:                       # of one sample: do they pull one way?
+            cosine = F.cosine_similarity(d_x.flatten(1), d_v.flatten(1))
+            log(f'grad/cos/{int(steps[s])}', cosine.mean())
         # -- one distillation: the student ---------------------------------------------------------
         torch.autograd.backward([x0, z], [d_x / n, d_v / n])
 

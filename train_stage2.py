@@ -844,6 +844,9 @@ for it in range(start, args.iters + 1):
         if gan:
             log('gan/g', L_adv)
             log('grad/gan', norm(d_v))
+        if gan and not args.split:                       # of one sample: do they pull one way?
+            cosine = F.cosine_similarity(d_x.flatten(1), d_v.flatten(1))
+            log(f'grad/cos/{int(steps[s])}', cosine.mean())
         # ------------------------------------------------------------------------------------------
 
         if args.rl == 'refl':

@@ -831,10 +831,11 @@ def make_data():
 
     def build(folder):
         folder.mkdir(parents=True)
-        parquet(folder / 'train.parquet', min(args.pictures, 2500), 1)
-        parquet(folder / 'test.parquet', min(args.pictures, 2048 if args.world else 512), 2)
-        prompts(folder, 'prompts', 1024 if args.world else 256, 3, unseen=False)
-        prompts(folder, 'prompts_unseen', 256, 4, unseen=True)
+        shift = 10 * args.seed
+        parquet(folder / 'train.parquet', min(args.pictures, 2500), 1 + shift)
+        parquet(folder / 'test.parquet', min(args.pictures, args.held_out), 2 + shift)
+        prompts(folder, 'prompts', args.held_out // 2, 3 + shift, unseen=False)
+        prompts(folder, 'prompts_unseen', 256, 4 + shift, unseen=True)
 
     finish(build, 'data')
 
@@ -1357,13 +1358,14 @@ if __name__ == '__main__':
     p.add_argument('--work', type=Path, default=ROOT / 'out/make_toy', help='folder for pictures and checkpoints')
     p.add_argument('--iters', type=int, default=0, help='training iterations of every component; 0: its own number')
     p.add_argument('--pictures', type=int, default=40_000, help='training pictures of vae, clip and teacher')
+    p.add_argument('--held_out', type=int, default=512, help='held-out pictures; half as many prompts')
     p.add_argument('--pairs', type=int, default=16_000, help='preference pairs for pickscore and lrm')
     p.add_argument('--world', action='store_true', help='things on textured grounds in place of shapes')
     p.add_argument('--seed', type=int, default=0, help='seed of everything')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device')
     args = p.parse_args()
     OUT, WORK, DEVICE, TOKENS = args.out, args.work, args.device, 24
-    model.at_least(args, iters=0, pictures=1, pairs=1, seed=0)
+    model.at_least(args, iters=0, pictures=1, pairs=1, held_out=2, seed=0)
     if args.world:
         if not {*args.only} <= {'data', 'vae', 'sam', 'clip', 'teacher'}:
             model.die('--world has data, vae, sam, clip and teacher so far; name some of them with --only')

@@ -1,0 +1,434 @@
+"""
+Evidence: what the papers claim, and what the miniature shows of it.
+
+    python tests/evidence.py                       # whatever is not done yet; hours on 2 cores
+    python tests/evidence.py --only texture cost   # the cells of these claims
+    python tests/evidence.py --seeds 1             # a first look
+    python tests/evidence.py --write               # only the tables and pictures, of what is there
+    python tests/evidence.py --tune flash dmd2     # trials, on other prompts and another seed
+    python tests/evidence.py --leaderboard         # CPU seconds to the scores of GOAL
+
+A cell is a run of a training script as a user types it, scored by evaluate.py on 1,024 fixed
+prompts and noise that no setting was chosen on. A claim is a difference of two cells: its mean over
+training seeds, and the standard error of that mean. Shown: two standard errors on the claim's side.
+Killed at any moment, the same command goes on. Tables go into assets/results.md between two marks,
+a picture for each claim into assets/evidence-CLAIM.png.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as m                                                                      # noqa: E402
+
+METRICS = dict(pickscore=('PickScore', '.4f'), cmmd=('CMMD', '.3f'), spectrum=('spectrum', '.3f'),
+               sharpness=('sharpness', '.2f'), margin=('margin', '.2f'),
+               rprecision=('R-precision', '.3f'))
+LOWER = 'cmmd', 'spectrum'                                                            # is better
+
+# --------------------------------------------------------------------------------------------------
+# cells: script, flags, iterations at which it is scored (0: as it was found). An iteration updates
+# the fake score; it updates the student as well, but with --ttur N one in N does
+
+ONE, TWO = 'train_stage1.py', 'train_stage2.py'
+SHIPPED, TOY = 'assets/toy/student', 'assets/toy/sdxl'
+FLASH = ['--recipe', 'toy']
+PIXEL = ['--gan', 'pixel', '--gan_weight', '.1']
+DMD2 = ['--recipe', 'toy-dmd2']
+DMDR = ['--recipe', 'toy-dmdr']
+PICTURES = ['--reward', 'pickscore', '--gan', 'none']
+REFL = ['--rl', 'refl', '--goal', '1', *PICTURES]
+GRPO = ['--rl', 'grpo', *PICTURES]
+ADVDMD = ['--rl', 'grpo', '--reward', 'discriminator', '--ttur', '1']
+ALONE = ['--no-joint', '--gan', 'none']
+SHORT = ['--warmup', '5']                                      # 60 updates of the student
+FLAT = ['--cooldown', '0']                                     # of a curve
+CELLS = {
+    'untrained': (ONE, [*FLASH, '--student_lr', '0'], [1]),
+    'flash': (ONE, FLASH, [300]),
+    'dm': (ONE, [*FLASH, '--gan', 'none'], [300]),
+    'flash, uncoupled': (ONE, [*FLASH, '--couple', '1'], [300]),
+    'dmd2': (ONE, DMD2, [900]),
+    # the paper's table 4: A pixel GAN, B TTUR 1, C split; 180 updates of the student each
+    '+A': (ONE, [*DMD2, *PIXEL], [900]),
+    '+B': (ONE, [*DMD2, '--ttur', '1'], [180]),
+    '+A+B': (ONE, [*DMD2, *PIXEL, '--ttur', '1'], [180]),
+    '+A+B+C': (ONE, [*DMD2, *PIXEL, '--ttur', '1', '--split'], [180]),
+    'flash, ttur 2': (ONE, [*FLASH, '--ttur', '2', *FLAT], [200, 600]),
+    'dmd2, ttur 2': (ONE, [*DMD2, '--ttur', '2', *FLAT], [200, 600]),
+    # DMDR's cold start, 200 updates of the student
+    'dmdr': (ONE, DMDR, [1000]),
+    'dmdr, no DynaDG': (ONE, [*DMDR, '--dyna', '0'], [1000]),
+    'dmdr, no DynaRS': (ONE, [*DMDR, '--renoise', 'uniform'], [1000]),
+    'dmdr, neither': (ONE, [*DMDR, '--dyna', '0', '--renoise', 'uniform'], [1000]),
+    # stage 2 from the shipped student, 300 updates
+    'shipped': (TWO, [], [0]),
+    'joint': (TWO, [], [330]),
+    'joint, no gan': (TWO, ['--gan', 'none'], [330]),
+    'alone': (TWO, ALONE, [300]),
+    'joint, x 5': (TWO, ['--rl_lr', '5e-4'], [330]),
+    'alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-4'], [300]),
+    'joint, all steps': (TWO, ['--rl_steps', 'all'], [330]),
+    'joint, 1:1': (TWO, ['--rl_ratio', '1'], [330]),
+    'joint, 10:1': (TWO, ['--rl_ratio', '10'], [330]),
+    # three papers, 60 updates
+    'pairs, 60': (TWO, SHORT, [90]),
+    'pairs alone, 60': (TWO, [*SHORT, *ALONE], [60]),
+    'refl, 60': (TWO, [*SHORT, *REFL], [90]),
+    'refl alone, 60': (TWO, [*SHORT, *REFL, '--no-joint'], [60]),
+    'grpo, 60': (TWO, [*SHORT, *GRPO], [90]),
+    'grpo alone, 60': (TWO, [*SHORT, *GRPO, '--no-joint'], [60]),
+    'advdmd, 60': (TWO, [*SHORT, *ADVDMD], [90]),
+    'advdmd, random D, 60': (TWO, [*SHORT, *ADVDMD, '--heads_lr', '0'], [90]),
+    # every second update is one of preferences at learning rate 0
+    'DM alone, 60': (TWO, [*SHORT, '--gan', 'none', '--rl_ratio', '1', '--rl_lr', '0'], [150]),
+}
+# rows that no training seed changes: flags of evaluate.py
+ROWS = {
+    'teacher, 50 steps': ['--pipeline', TOY, '--teacher_steps', '50'],
+    'teacher, 4 steps': ['--pipeline', TOY, '--teacher_steps', '4'],
+    'teacher, 4 steps, trailing': ['--pipeline', 'TRAILING', '--teacher_steps', '4'],
+}
+FIVE_SEEDS = 'flash', 'dmd2'                                                   # the headline pair
+
+def claim(words, metric, better, other):
+    """better and other: a cell, or (cell, iteration)."""
+    sides = [side if isinstance(side, tuple) else (side, CELLS[side][2][-1])
+             for side in (better, other)]
+    return SimpleNamespace(words=words, metric=metric, sides=sides)
+
+def by(metrics, words, *sides):
+    return [claim(words, metric, *sides) for metric in metrics]
+
+UNSEEN = 'cmmd', 'spectrum', 'margin'                          # by a reward of PickScore
+CLAIMS = {
+    'papers': [
+        *by(UNSEEN, 'DMDR: ReFL joint is better than alone', 'refl, 60', 'refl alone, 60'),
+        *by(UNSEEN, 'DMDR: GRPO joint is better than alone', 'grpo, 60', 'grpo alone, 60'),
+        *by(['pickscore'], 'ReFL raises its reward', 'refl, 60', 'shipped'),
+        *by(['pickscore'], 'ReFL raises it more than GRPO', 'refl, 60', 'grpo, 60'),
+        *by(['pickscore'], 'GRPO raises its reward', 'grpo, 60', 'shipped'),
+        *by(['pickscore'], 'and more than DM alone does', 'grpo, 60', 'DM alone, 60'),
+        *by(['pickscore', 'cmmd'], 'AdvDMD is better than DM alone', 'advdmd, 60', 'DM alone, 60'),
+        *by(['pickscore', 'cmmd'], 'than a random D', 'advdmd, 60', 'advdmd, random D, 60'),
+        *by(['pickscore', 'cmmd'], "than Flash-DMD's pairs", 'advdmd, 60', 'pairs, 60')],
+    'hacking': [
+        *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
+        *by(['cmmd', 'spectrum'], 'and harms no other measure', 'joint', 'shipped'),
+        *by(['pickscore', 'cmmd', 'spectrum', 'margin'],
+            'RL alone, five times as hard, hacks; joint does not', 'joint, x 5', 'alone, x 5'),
+        *by(['pickscore', 'cmmd', 'spectrum'], 'without the pixel GAN joint RL is worse', 'joint',
+            'joint, no gan')],
+    'noise': [
+        *by(['pickscore', 'cmmd'], 'preferences at high noise are better than at all steps',
+            'joint', 'joint, all steps'),
+        *by(['pickscore', 'cmmd'], '5:1 is better than 1:1', 'joint', 'joint, 1:1'),
+        *by(['pickscore', 'cmmd'], 'and than 10:1', 'joint', 'joint, 10:1')],
+    'texture': by(['spectrum', 'sharpness'], 'DM alone is poor in texture', 'flash', 'dm'),
+    'cost': by(['pickscore', 'cmmd', 'spectrum'],
+               'Flash-DMD is ahead of DMD2 in equal time', 'flash', 'dmd2'),
+    'cold start': [
+        *by(['pickscore', 'cmmd'], "DMDR's two aids help", 'dmdr', 'dmdr, neither'),
+        *by(['pickscore', 'cmmd'], 'DynaDG does', 'dmdr', 'dmdr, no DynaDG'),
+        *by(['pickscore', 'cmmd'], 'DynaRS does', 'dmdr', 'dmdr, no DynaRS')],
+    'parts': [
+        *by(['pickscore', 'spectrum'], '+A, the pixel GAN alone, helps DMD2', '+A', 'dmd2'),
+        *by(['pickscore', 'spectrum'], '+B, TTUR 1 alone, does', '+B', 'dmd2'),
+        *by(['pickscore', 'spectrum'], '+A+B+C does', '+A+B+C', 'dmd2'),
+        *by(['pickscore', 'spectrum'], 'C, the split, makes +A+B work', '+A+B+C', '+A+B')],
+    'ttur': [
+        claim('DMD2 at TTUR 2 gets worse', 'pickscore', ('dmd2, ttur 2', 200), 'dmd2, ttur 2'),
+        claim('Flash-DMD at TTUR 2 gets better', 'pickscore', 'flash, ttur 2',
+              ('flash, ttur 2', 200))],
+    'coupling': by(['pickscore', 'cmmd', 'spectrum'], 'the coupling helps', 'flash',
+                   'flash, uncoupled'),
+}
+# --tune: every cell of it the same trials; the second is times the cell's own
+TRIALS = dict(student_lr=[5e-5, 1e-4, 2e-4], gan_weight=[.3, 1., 3.])
+GOAL = dict(pickscore=.675, spectrum=.2)
+
+# --------------------------------------------------------------------------------------------------
+# running
+
+p = m.parser(__doc__)
+flag = p.add_argument
+flag('--only', nargs='+', choices=CLAIMS, default=[*CLAIMS], help='claims whose cells are run')
+flag('--seeds', type=int, default=4, help='training seeds of a cell; of the headline pair one more')
+flag('--jobs', type=int, default=1 if torch.cuda.is_available() else min(8, os.cpu_count()),
+     help='cells at a time; CPU: a core each')
+flag('--tune', nargs='+', choices=CELLS, default=[], help='cells of which TRIALS are run')
+flag('--leaderboard', action='store_true', help='the page as it stands, until it reaches GOAL')
+flag('--write', action='store_true', help='train nothing')
+flag('--work', default='out/evidence', help='folder of runs and scores, which are kept')
+args = p.parse_args()
+m.at_least(args, seeds=1, jobs=1)
+work = m.writable_folder(ROOT / args.work, '--work')
+environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))
+
+def run(*command):
+    """A script; returns the CPU seconds of its processes. Its words go to --work/log.txt."""
+    with (work / 'log.txt').open('a') as log:
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=log,
+                                   stderr=subprocess.STDOUT, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f'{" ".join(map(str, command))} failed: see {work / "log.txt"}')
+    return used.ru_utime + used.ru_stime
+
+def slug(*words):
+    return '-'.join(map(str, words)).replace(', ', '-').replace(' ', '_').replace(':', 'to')
+
+def kept(name, seed, it):
+    """The file of a cell's scores, {'cpu': seconds, metric: value} as far as they are there."""
+    return work / 'scores' / f'{slug(name, seed, it)}.json'
+
+def keep(file, **values):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    with m.replacing(file) as tmp:
+        tmp.write_text(json.dumps(found | values, indent=1))
+
+def student(name, seed, it):
+    """The folder of a cell's student at an iteration."""
+    return ROOT / SHIPPED if not it else work / 'students' / slug(name, seed, it)
+
+def train(name, seed, more=(), label=None):
+    """A cell with one seed; its students are set aside, its state is not kept."""
+    script, flags, its = CELLS[name]
+    label = label or name
+    out, spent = work / 'runs' / slug(label, seed), 0.
+    start = ['--init', SHIPPED, '--eval_every', 0] if script == TWO else []
+    for it in its:
+        file = kept(label, seed, it)
+        if not file.exists():
+            if it:
+                spent += run(script, *flags, *more, *start, '--seed', seed, '--iters', it,
+                             '--sample_every', 0, '--workers', 1, '--out', out)
+                folder = student(label, seed, it)
+                folder.parent.mkdir(exist_ok=True)
+                with m.replacing(folder) as tmp:
+                    shutil.copytree(out / 'student', tmp)
+            keep(file, cpu=spent)
+            print(f'{label}, seed {seed}, {it} iterations: {spent:.0f} CPU s', flush=True)
+        spent = json.loads(file.read_text())['cpu']
+    for state in out.glob('state-*'):
+        m.remove(state)
+
+def evaluated(of, prompts, n, *rows):
+    """[{metric: value}] of evaluate.py's rows, which are made by the flags `rows`."""
+    file = work / f'evaluate-{of}.json'
+    file.unlink(missing_ok=True)
+    run('evaluate.py', '--recipe', 'toy', '--prompts', prompts, '--n', n, '--n_real', 2048,
+        '--real', data, '--real_files', 'test.parquet', '--real_vae', TOY, '--seed', 77, '--batch',
+        32, '--out', file, *rows, '--metrics', *METRICS)
+    found = json.loads(file.read_text())['rows']
+    return [{key: row[key]['value'] for key in METRICS} for row in found.values()]
+
+def score(wanted, of=0):
+    """Scores cells, [(name, seed, it)], those that are not: one call, one look at real pictures."""
+    wanted = [x for x in wanted if kept(*x).exists() and
+              'pickscore' not in json.loads(kept(*x).read_text())]
+    if wanted:
+        found = evaluated(of, data / 'prompts.txt', 1024, '--ckpt', *(student(*x) for x in wanted))
+        for x, values in zip(wanted, found, strict=True):
+            keep(kept(*x), **values)
+
+def seeds_of(name):
+    if name in ('untrained', 'shipped'):
+        return [0]
+    return range(args.seeds + (name in FIVE_SEEDS and args.seeds > 3))
+
+def cells(names):
+    """Cells of these claims, in their order."""
+    return [*dict.fromkeys(side for name in names for c in CLAIMS[name] for side, _ in c.sides)]
+
+# --------------------------------------------------------------------------------------------------
+# tables
+
+def known(name, it):
+    """{seed: {metric: value}} of what is scored."""
+    found = {}
+    for seed in range(100):
+        file = kept(name, seed, it)
+        row = json.loads(file.read_text()) if file.exists() else {}
+        if 'pickscore' in row:
+            found[seed] = row
+    return found
+
+def spread(values):
+    """Mean and the standard error of the mean, which one value has not."""
+    values = [*values]
+    return mean(values), stdev(values) / len(values) ** .5 if len(values) > 1 else math.nan
+
+def shown(values, form, sign=''):
+    middle, error = spread(values)
+    return f'{middle:{sign}{form}}' + (f' ({error:{form}})' if error == error else '')
+
+def verdict(c):
+    """A claim's row: both values, the difference with its standard error, and what it shows."""
+    left, right = (known(*side) for side in c.sides)
+    title, form = METRICS[c.metric]
+    if len(right) == 1 and CELLS[c.sides[1][0]][2] == [0]:                # where all seeds began
+        right = dict.fromkeys(left, right[0])
+    seeds = left.keys() & right.keys()
+    if not seeds:
+        return None
+    # the same seed has the same prompts and noise in training
+    sign = -1 if c.metric in LOWER else 1
+    gaps = [sign * (left[seed][c.metric] - right[seed][c.metric]) for seed in seeds]
+    gap, error = spread(gaps)
+    said = 'shown' if gap > 2 * error else 'opposite' if gap < -2 * error else 'not shown'
+    values = [f'{mean(row[seed][c.metric] for seed in seeds):{form}}' for row in (left, right)]
+    names = [f'{name}, {it}' if len(CELLS[name][2]) > 1 else name for name, it in c.sides]
+    return (c.words, title, *(f'{name}: {value}' for name, value in zip(names, values)),
+            shown(gaps, form, '+'), str(len(seeds)), said if error == error else 'one seed')
+
+def table(head, rows):
+    return ['', *('| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rows))]
+
+def conflict():
+    """Cosine between the gradients of DM and GAN at one sample, by step, over the seeds' runs."""
+    found = {}
+    for log in sorted(work.glob(f'runs/{slug("+A+B")}-*/log.jsonl')):
+        for line in map(json.loads, log.read_text().splitlines()):
+            for key, value in line.items():
+                if key.startswith('grad/cos/'):
+                    found.setdefault(int(key.split('/')[-1]), []).append(value)
+    return [[str(t), f'{mean(values):+.3f}', f'{min(values):+.3f}', f'{max(values):+.3f}']
+            for t, values in sorted(found.items(), reverse=True)]
+
+def page():
+    """The section of the results' page, as lines."""
+    lines = [BEGIN, '', '`python tests/evidence.py`: 1,024 prompts, the same noise in every row, '
+             '2,048 real pictures, none of which a setting was chosen on. Mean over training seeds '
+             '(its standard error). Differences are of runs with the same seed, positive where the '
+             'side named first is better; shown: more than two standard errors.']
+    rows = filter(None, (verdict(c) for name in CLAIMS for c in CLAIMS[name]))
+    lines += table(['claim', 'by', 'its side', 'the other', 'difference', 'seeds', ''], rows)
+    rows = []
+    for name, its in (dict.fromkeys(ROWS, [0]) | {k: v[2] for k, v in CELLS.items()}).items():
+        for it in its:
+            found = [*known(name, it).values()]
+            if found:
+                values = (shown((row[key] for row in found), form)
+                          for key, (_, form) in METRICS.items())
+                cpu = mean(row['cpu'] for row in found)
+                rows.append([name, str(it), *values, f'{cpu:.0f}', str(len(found))])
+    head = ['cell', 'iterations', *(title for title, _ in METRICS.values()), 'CPU s', 'seeds']
+    lines += table(head, rows)
+    lines += table(['cell', 'command'], (
+        [name, f'`python {" ".join([script, *flags])}`'] for name, (script, flags, _)
+        in CELLS.items() if flags and any(known(name, it) for it in CELLS[name][2])))
+    lines += ['', 'Those of train_stage2.py start from the shipped student, `--init '
+              f'{SHIPPED}`. CPU s: of training, all threads.']
+    if conflict():
+        lines += ['', 'Cosine between the gradients of DM and of the pixel GAN at one and the same '
+                  'sample of the student (cell +A+B, all logged iterations):']
+        lines += table(['step', 'mean', 'lowest', 'highest'], conflict())
+    trials = [json.loads(file.read_text()) for file in sorted(work.glob('trials/*.json'))]
+    if trials:
+        lines += ['', 'Trials (`--tune`), seed 100, on the 256 prompts of assets/toy/data:']
+        lines += table(['cell', 'flags', 'PickScore', 'CMMD', 'spectrum'], (
+            [x['cell'], x['flags'], *(f'{x[key]:{METRICS[key][1]}}'
+                                      for key in ('pickscore', 'cmmd', 'spectrum'))]
+            for x in trials))
+    return [*lines, '', END]
+
+BEGIN, END = '<!-- tests/evidence.py writes from here -->', '<!-- to here -->'
+
+def write():
+    """Puts the tables between the marks of the results' page, or at its end; draws the pictures."""
+    file = ROOT / 'assets/results.md'
+    before, _, rest = file.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    with m.replacing(file) as tmp:
+        tmp.write_text(before.rstrip('\n') + '\n\n' + '\n'.join(page()) + (after or '\n'))
+    print(file)
+    for name in args.only:
+        sheet = ROOT / f'assets/evidence-{slug(name)}.jpg'
+        sides = [student(side, 0, it) for side, it in CLAIMS[name][0].sides]
+        if not all(side.exists() for side in sides):
+            continue
+        rows = []
+        for side in sides:
+            picture = work / f'{side.name}.png'
+            run('sample.py', '--ckpt', side, '--n', 8, '--seed', 77, '--out', picture)
+            rows.append(Image.open(picture).convert('RGB'))
+        both = Image.new('RGB', (rows[0].width, sum(row.height for row in rows)), 'white')
+        for k, row in enumerate(rows):
+            both.paste(row, (0, k * rows[0].height))
+        both.save(sheet, quality=90)
+        print(sheet)
+
+# --------------------------------------------------------------------------------------------------
+
+data = work / 'data/data'
+if not data.exists():
+    run('tests/make_toy.py', '--only', 'data', '--seed', 1, '--held_out', 2048, '--pictures', 2048,
+        '--out', data.parent, '--work', work / 'data/work')
+pool = ThreadPoolExecutor(args.jobs)
+if args.leaderboard:
+    for seed in range(3):
+        out, spent, it, found = work / f'leaderboard-{seed}', 0., 0, {}
+        while not found or any((found[k] - GOAL[k]) * (-1 if k in LOWER else 1) < 0 for k in GOAL):
+            it += 25
+            spent += run(ONE, *FLASH, *FLAT, '--seed', seed, '--iters', it, '--sample_every', 0,
+                         '--out', out)
+            found, = evaluated(0, data / 'prompts.txt', 1024, '--ckpt', out)
+            print(f'seed {seed}, {it} iterations, {spent:.0f} CPU s:',
+                  {k: round(found[k], 4) for k in GOAL}, 'of', GOAL, flush=True)
+elif args.tune:
+    def trial(job):
+        name, lr, factor = job
+        flags = CELLS[name][1]
+        weight = 5e-3 if 'toy-dmd2' in flags and 'pixel' not in flags else .1
+        more = ['--student_lr', f'{lr:g}', '--gan_weight', f'{factor * weight:g}']
+        label = slug('tune', name, f'{lr:g}', f'{factor:g}')
+        file = work / f'trials/{label}.json'
+        if not file.exists():
+            train(name, 100, more, label)
+            found, = evaluated(label, 'assets/toy/data/prompts.txt', 256, '--ckpt',
+                               student(label, 100, CELLS[name][2][-1]))
+            keep(file, cell=name, flags=' '.join(more), **found)
+        print(file.read_text(), flush=True)
+    [*pool.map(trial, itertools.product(args.tune, *TRIALS.values()))]
+elif not args.write:
+    trailing = work / 'trailing'                       # the teacher, its four steps from t = 999
+    if not trailing.exists():
+        with m.replacing(trailing) as tmp:
+            shutil.copytree(ROOT / TOY, tmp)
+            file = tmp / 'scheduler/scheduler_config.json'
+            found = json.loads(file.read_text()) | dict(timestep_spacing='trailing')
+            file.write_text(json.dumps(found))
+    jobs = ['untrained', *cells(args.only)]
+    # one seed of everything first, so that the page has a row of each as early as can be
+    for seed in range(args.seeds + 1):
+        todo = [(name, seed) for name in jobs if seed in seeds_of(name)]
+        [*pool.map(lambda job: train(*job), todo)]
+        found = [(name, seed, it) for name, seed in todo for it in CELLS[name][2]]
+        share = [found[k::args.jobs] for k in range(args.jobs)]
+        [*pool.map(score, share, range(args.jobs))]
+        write()
+    for name, flags in ROWS.items():
+        if not kept(name, 0, 0).exists():
+            flags = [trailing if x == 'TRAILING' else x for x in flags]
+            found, = evaluated(0, data / 'prompts.txt', 1024, *flags)
+            keep(kept(name, 0, 0), cpu=0, **found)
+    write()
+else:
+    write()
