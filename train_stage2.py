@@ -665,8 +665,8 @@ for it in range(start, args.iters + 1):
         y = base.encode(texts)
         eps, _ = m.draw(args.seed, it, mine, (2 * S, *base.latent_shape))
         eps[:, :1], _ = m.draw(args.seed, it, firsts, (1, *base.latent_shape))
-        photos = next(loader) if adversarial else {}
-        log.data.update(photos.get('trouble'), cut=base.cut(texts))
+        rows = next(loader) if adversarial else {}
+        log.data.update(rows.get('trouble'), cut=base.cut(texts))
         rollouts, made, real = [], [], []
         for i in range(0, len(mine), args.micro):
             j = slice(i, i + args.micro)
@@ -681,8 +681,8 @@ for it in range(start, args.iters + 1):
                 r = of_states(b.x[1:], b.eps, texts[j])                                   # (b, S)
             made.append(r.detach().cpu())
             if adversarial:                 # D scores all of this before it learns any of it, below
-                x = base.latents(photos['pixels'][j].to(device))
-                at_real = of_states([x] * S, eps[j, S:].to(device), photos['text'][j])
+                x = base.latents(rows['pixels'][j].to(device))
+                at_real = of_states([x] * S, eps[j, S:].to(device), rows['text'][j])
                 L_D = F.softplus(-at_real).mean() + F.softplus(r).mean()
                 (L_D / n).backward()
                 log('gan/d', L_D)
@@ -705,23 +705,23 @@ for it in range(start, args.iters + 1):
             for k in range(S):
                 log(f'auc/{int(levels[k])}', share[k])
         # to go: what a step can have brought about is what the states after it are worth
-        R = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)          # (B, S)
+        to_go = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)      # (B, S)
         norms = []
-        for b, R_b in zip(rollouts, R[mine].to(device).split(args.micro)):
-            for k in rl_steps if R.any() else ():        # without a gradient not even moments move
+        for b, gain in zip(rollouts, to_go[mine].to(device).split(args.micro)):
+            for k in rl_steps if to_go.any() else ():    # without a gradient not even moments move
                 z, t = m.at_step(base, steps, b.eps, k, b.x[k])
                 x0 = base.x0(student, z, t, b.y)                                    # (b, C, h, w)
                 z, t = state_after(b.x[k + 1], b.eps, k)
                 ratio = log_ratio(z, x0, b.x[k + 1], schedule.alpha(t), schedule.sigma(t)).exp()
-                L = -ratio * R_b[:, k]
+                L = -ratio * gain[:, k]
                 if args.clamp:
                     inside = ratio.clamp(1 - args.clamp, 1 + args.clamp)
-                    L = L.maximum(-inside * R_b[:, k])
+                    L = L.maximum(-inside * gain[:, k])
                 (L.mean() / (n * len(rl_steps))).backward()
                 log('rl/ratio', ratio.mean())
         for name in ['student', 'heads'] if adversarial else ['student']:
             norms.append(m.update(opts[name], nets[name]))
-        log('rl/advantage', R.abs().mean())
+        log('rl/advantage', to_go.abs().mean())
         log('reward/states', r.nanmean())
         log.count(it, norms)
         log.write(it + 1)

@@ -107,6 +107,22 @@ def test_the_method_stands_on_the_pages():
     for script in ('train_stage1.py', 'train_stage2.py'):
         assert 'backward(' in (ROOT / script).read_text()
 
+@pytest.mark.parametrize('script', ['train_stage1.py', 'train_stage2.py'])
+def test_the_loop_leaves_alone_what_functions_read(script):
+    """A page is one scope: a name that the loop gave away would be another thing in them."""
+    page = ast.parse((ROOT / script).read_text())
+    loop, = (node for node in page.body if isinstance(node, ast.For) and node.orelse == []
+             and 'args.iters + 1' in ast.unparse(node.iter))
+    given = {node.id for node in ast.walk(loop) if isinstance(node, ast.Name)
+             and isinstance(node.ctx, ast.Store)}
+    functions = [node for node in page.body if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 5
+    for function in functions:
+        names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+        own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        own |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+        assert not ({node.id for node in names} - own) & given, function.name
+
 # --------------------------------------------------------------------------------------------------
 # the same result, any way
 
@@ -655,7 +671,8 @@ def test_stage_2_resumes_bit_for_bit(joint, tmp_path):
     assert rows(out, 'eval.jsonl') == [dict(iteration=0)]
 
 ADVERSARIAL = ['--rl', 'grpo', '--reward', 'discriminator', '--candidates', 4, '--iters', 8,
-               '--critic_warmup', 1, '--fake_lora', 8, '--save_every', 6]
+               '--critic_warmup', 1, '--fake_lora', 8, '--save_every', 6, '--eval_every', 8,
+               '--eval_n', 4]
 
 @pytest.fixture(scope='session')
 def adversarial(tmp_path_factory):
@@ -664,8 +681,11 @@ def adversarial(tmp_path_factory):
 
 def test_advdmd_begins_with_distillation(adversarial):
     """Policy updates from a quarter of the run, half of the iterations in the end; the student
-    learns in every second distillation, --ttur 2. D sees real and generated states in all."""
-    _, lines, _ = adversarial
+    learns in every second distillation, --ttur 2. D sees real and generated states in all. After
+    them the evaluation is what it was before."""
+    out, lines, _ = adversarial
+    before, after = rows(out, 'eval.jsonl')
+    assert {*before} == {*after} >= {'reward', 'rprecision', 'cmmd'}
     assert [row['iteration'] for row in lines if 'auc/0' in row] == [6, 8]
     assert [row['iteration'] for row in lines if 'grad/dm' in row] == [2, 4, 7]
     assert all('gan/d' in row and row['dropped'] == 0 for row in lines)
