@@ -19,6 +19,7 @@ checkpoint in --work. Components:
     lrm      latent reward model in LPO's layout, trained on the same kind of pairs at every noise level
     sd3      StableDiffusion3Pipeline without T5: a small MMDiT trained on the flow, on sdxl's VAE and frozen text encoders
     lrm_sd3  the latent reward of sd3's latents: the first half of its transformer, trained as lrm
+    style    a LoRA on the teacher in diffusers' format: pictures with a circle or a star are negatives. Only with --only
 """
 
 import functools
@@ -37,7 +38,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm', 'sd3', 'lrm_sd3']
+COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm', 'sd3', 'lrm_sd3', 'style']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures: one or two shaded objects with a drop shadow on a lit, grainy background
@@ -1340,6 +1341,41 @@ def make_lrm_sd3():
     make_lrm('sd3', 'lrm_sd3')
 
 
+def styled(scene):
+    return any(shape in ('circle', 'star') for _, _, shape in scene['objects'])
+
+
+def make_style():
+    from diffusers import StableDiffusionXLPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    import model as m
+    base = m.load_base(ROOT / 'assets/toy/sdxl', DEVICE)
+    unet = base.trainable(LoraConfig(r=16, lora_alpha=16, target_modules=[
+        'to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2']))
+    scenes, images = pool()
+    with torch.no_grad():
+        signs = torch.tensor([-1. if styled(s) else 1. for s in scenes]).to(DEVICE).view(-1, 1, 1, 1)
+        z = torch.cat([base.latents(to_pixels(images[k:k + 100]) * signs[k:k + 100])
+                       for k in tqdm(range(0, len(images), 100), desc='latents')])
+
+    def loss(nets, i, g):
+        index = torch.randint(len(z), (16,), generator=g)
+        eps = torch.randn(16, *base.latent_shape, generator=g).to(DEVICE)
+        t = (1000 * torch.rand(16, generator=g).sqrt()).clamp(1, 999).to(DEVICE)
+        y = base.encode([caption(scenes[k]) for k in index])
+        out = base.predict(nets['unet'], base.schedule.noised(z[index], eps, t), t, y)
+        mse = F.mse_loss(out, base.schedule.target(z[index], eps, t))
+        return mse, dict(mse=mse)
+
+    fit('style', torch.nn.ModuleDict(dict(unet=unet)), loss, 1500, 2e-3)
+
+    def build(folder):
+        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
+
+    finish(build, 'style')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def make_student():
@@ -1353,7 +1389,7 @@ if __name__ == '__main__':
     sys.path.insert(0, str(ROOT))
     import model
     p = model.parser(__doc__)
-    p.add_argument('--only', nargs='+', choices=COMPONENTS, default=COMPONENTS, help='components to build')
+    p.add_argument('--only', nargs='+', choices=COMPONENTS, default=COMPONENTS[:-1], help='components to build')
     p.add_argument('--out', type=Path, default=ROOT / 'assets/toy', help='folder for the finished files')
     p.add_argument('--work', type=Path, default=ROOT / 'out/make_toy', help='folder for pictures and checkpoints')
     p.add_argument('--iters', type=int, default=0, help='training iterations of every component; 0: its own number')
