@@ -57,6 +57,7 @@ RECIPES = {
         pickscore='assets/toy/pickscore', metrics=['clip', 'pickscore', 'rprecision', 'cmmd'])}
 RECIPES['sd3'] = RECIPES['sdxl'] | dict(teacher_steps=28)
 RECIPES['qwen'] = RECIPES['sdxl'] | dict(cfg=4.)
+RECIPES['zimage'] = RECIPES['sdxl'] | dict(cfg=5.)
 RECIPES['toy-sd3'] = RECIPES['toy'] | dict(teacher_steps=28)
 # Flash-DMD's tables 1 to 3: 10,000 prompts of COCO 2014. Which CLIP and HPSv2 is not stated there
 PUBLISHED = 'imagereward', 'pickscore', 'hpsv2', 'mps'

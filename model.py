@@ -61,6 +61,7 @@ from torch.distributed.fsdp import (
     CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -602,7 +603,7 @@ class Base:
     @torch.no_grad()
     def encode(self, prompts):
         """B strings -> y, a tuple of tensors (B, ...): embeddings (B, L, D), pooled (B, P); of
-        Qwen-Image the second is a mask (B, L)."""
+        Qwen-Image the second is a mask (B, L), of Z-Image lengths (B, 1)."""
         with self.on_device():
             return self.encode_with(self.pipe, list(prompts))
 
@@ -850,8 +851,46 @@ class QwenImage(SD3):
     def to_latents(self, pixels):
         return self.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
 
+class ZImage(SD3):
+    """One sequence of tokens, those of 2 x 2 latents and behind them the text's, as long as it is.
+    It predicts x0 - eps, its time is 1 where nothing is noise, and guidance w = --cfg is its
+    pipeline's guidance_scale w - 1: cond + (w - 1) (cond - uncond)."""
+
+    architecture = 'z-image'
+    reads = {'': 504}                                  # 512 with the chat's frame around the prompt
+
+    @staticmethod
+    def side(pipe):
+        return pipe.transformer.config.get('sample_size', 1024 // pipe.vae_scale_factor)
+
+    @staticmethod
+    def called(pipe, cfg, count):
+        size = ZImage.side(pipe) * pipe.vae_scale_factor
+        return dict(guidance_scale=cfg - 1, height=size, width=size)
+
+    def encode_with(self, pipe, prompts):
+        texts, _ = pipe.encode_prompt(prompts, self.device, do_classifier_free_guidance=False)
+        # lengths (B, 1) on the CPU, where reading them waits for nothing
+        return pad_sequence(texts, True), torch.tensor([[len(text)] for text in texts])
+
+    def call(self, net, xt, t, y):
+        texts = [text[:length] for text, length in zip(y[0], y[1].flatten().tolist())]
+        out = net(list(xt[:, :, None]), 1 - t / 1000, texts).sample
+        return -torch.stack(out)[:, :, 0]
+
+    def first_half(self, net):
+        return list(net.layers[:max(1, len(net.layers) // 2)])
+
+    def feature_map(self, block, output):
+        image = output[:, :(self.latent_shape[-1] // 2) ** 2]
+        return super().feature_map(block, (None, image))
+
+    def channels(self, net):
+        return [net.config.dim] * len(self.first_half(net))
+
 FAMILIES = dict(
-    StableDiffusionXLPipeline=SDXL, StableDiffusion3Pipeline=SD3, QwenImagePipeline=QwenImage)
+    StableDiffusionXLPipeline=SDXL, StableDiffusion3Pipeline=SD3, QwenImagePipeline=QwenImage,
+    ZImagePipeline=ZImage)
 
 # --------------------------------------------------------------------------------------------------
 # LoRA: a student or fake score that has the teacher's frozen tensors, not a copy of them, and
@@ -1254,7 +1293,8 @@ BASE_LORA = 'base_lora.safetensors'                  # what was merged into its 
 STABILITY = ('other\nlicense_name: stabilityai-ai-community\n'
              'license_link: https://huggingface.co/{base}/blob/main/LICENSE.md')
 LICENCES = {'stabilityai/stable-diffusion-xl-': 'openrail++',
-            'stabilityai/stable-diffusion-3': STABILITY, 'Qwen/Qwen-Image': 'apache-2.0'}
+            'stabilityai/stable-diffusion-3': STABILITY, 'Qwen/Qwen-Image': 'apache-2.0',
+            'Tongyi-MAI/Z-Image': 'apache-2.0'}
 
 @functools.cache
 def commit():
@@ -1688,7 +1728,7 @@ def gathered(value):
 
 # layers whose weights are gathered together, by the names of their classes in diffusers
 BLOCKS = ('BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock',
-          'QwenImageTransformerBlock')
+          'QwenImageTransformerBlock', 'ZImageTransformerBlock')
 
 @functools.lru_cache(1)
 def mesh_of(group, kind, world, here):
@@ -1810,7 +1850,8 @@ SIZES = dict(
     sdxl=dict(net=2.567e9, texts=.818e9, t5=0., adapters=1.4515e6, kept=(1.18, 13.8), back=.1),
     sd3=dict(net=2.028e9, texts=.818e9, t5=4.762e9, adapters=.5868e6, kept=(.74, 7.95), back=.3),
     qwen=dict(net=20.43e9, texts=8.292e9, t5=0., adapters=2.943e6, kept=(3.19, 52.3), back=.76,
-              vae=.1269e9, picture=(14.1, 33.7), look=2.83))
+              vae=.1269e9, picture=(14.1, 33.7), look=2.83),
+    zimage=dict(net=6.155e9, texts=4.022e9, t5=0., adapters=1.0445e6, kept=(2.14, 64.4), back=1.25))
 # parameters of the VAE, of SAM's vit_b and its heads; GB of each picture of 1024 px from the latent
 # to the logits and back, with and without checkpointing, and to decode one to look at; GB of layers
 # in flight, gathered, with their gradients. tests/bench.py --only memory counts all of these
@@ -1833,7 +1874,7 @@ def gigabytes(args, world, here, cuda):
     """{'frozen', 'trained', 'activations': GB on each of `world` cards, `here` of them on this
     machine, 'main': GB of main memory that --cpu_offload takes, 'state', 'student': GB on the disk,
     'counted': whether activations are known}, for a training script's settings."""
-    family = next((name for name in ('sd3', 'qwen') if name in args.recipe), 'sdxl')
+    family = next((name for name in ('sd3', 'qwen', 'zimage') if name in args.recipe), 'sdxl')
     size = SimpleNamespace(**dict(vae=VAE, picture=PICTURE, look=LOOK) | SIZES[family])
     net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), size.vae
     counted = True

@@ -61,6 +61,8 @@ RECIPES = {
         warmup=50, grad_checkpointing=True),
     'toy': TOY | dict(model='assets/toy/sdxl', student_lr=1e-4, fake_lr=4e-4),
     'toy-sd3': TOY | dict(model='assets/toy/sd3', lora=32, student_lr=1e-3, fake_lr=2e-3)}
+# of Z-Image no rates are published; its pipeline's own guidance_scale is --cfg - 1
+RECIPES['zimage'] = RECIPES['qwen'] | dict(model='Tongyi-MAI/Z-Image', cfg=5.)
 # DMD2's losses and weights, on a head, learning rate and clip of ours
 DMD2 = dict(gan='latent', gan_weight=5e-3, split=False, ttur=5, couple=1.)
 RECIPES |= {'sdxl-dmd2': RECIPES['sdxl'] | DMD2, 'toy-dmd2': RECIPES['toy'] | DMD2}
@@ -87,7 +89,7 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
 flag = p.add_argument_group('models').add_argument
-flag('--model', help='teacher: an SDXL, SD3 or Qwen-Image pipeline, folder or hub id')
+flag('--model', help='teacher: a pipeline of a family in model.py, folder or hub id')
 flag('--base_lora', nargs='+', default=[], metavar=('FILE', 'weight'),
      help='LoRA to merge into the teacher before anything else, at this weight; none: 1')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")

@@ -74,6 +74,7 @@ RECIPES['sd3'] = RECIPES['sdxl'] | SD3 | dict(
     cfg=7., batch=32, ttur=2, student_lr=3e-5, fake_lr=3e-5, rl_lr=1e-5)
 RECIPES['qwen'] = RECIPES['sdxl'] | SD3 | dict(
     cfg=4., batch=32, ttur=2, student_lr=1e-4, fake_lr=2e-5, rl_lr=3e-5)
+RECIPES['zimage'] = RECIPES['qwen'] | dict(cfg=5.)
 RECIPES['toy-sd3'] = RECIPES['toy'] | SD3 | dict(
     iters=240, cooldown=60, student_lr=1e-4, fake_lr=5e-4, rl_lr=1e-4, save_every=120,
     sample_every=120, eval_every=120)
@@ -100,7 +101,7 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
 flag = p.add_argument_group('models').add_argument
-flag('--model', help='teacher: an SDXL, SD3 or Qwen-Image pipeline, folder or hub id')
+flag('--model', help='teacher: a pipeline of a family in model.py, folder or hub id')
 flag('--base_lora', nargs='+', default=[], metavar=('FILE', 'weight'),
      help='LoRA to merge into the teacher before anything else, at this weight; none: 1')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")

@@ -86,12 +86,22 @@ def qwen():
         transformer=QwenImageTransformer2DModel(), vae=AutoencoderKLQwenImage(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(text))
 
+def zimage():
+    """Z-Image's as diffusers has it by default, a VAE of SD3's shape and Qwen3-4B."""
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+    text = Qwen3Config(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    return dict(transformer=ZImageTransformer2DModel(), vae=AutoencoderKL(**VAE_OF['sd3']),
+                text_encoder=Qwen3Model(text))
+
 def networks(family):
-    """SDXL-base's, SD3-Medium's or Qwen-Image's networks by their places in a pipeline, random
-    weights."""
+    """SDXL-base's, SD3-Medium's, Qwen-Image's or Z-Image's networks by their places in a pipeline,
+    random weights."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
-    if family == 'qwen':
-        return qwen()
+    if family in ('qwen', 'zimage'):
+        return dict(qwen=qwen, zimage=zimage)[family]()
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
     vae = AutoencoderKL(**VAE_OF[family])
     second = CLIPTextModelWithProjection(clip_text(1280, 32))
@@ -111,7 +121,8 @@ def meta_base(family):
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
     kind, tokens, width, pooled = dict(
         sdxl=(m.SDXL, 77, 2048, 1280), sd3=(m.SD3, 333, 4096, 2048),
-        qwen=(m.QwenImage, 128, 3584, 128))[family]              # the last: a mask of the tokens
+        qwen=(m.QwenImage, 128, 3584, 128),                      # the last: a mask of the tokens
+        zimage=(m.ZImage, 128, 2560, 1))[family]
     scheduler = DDPMScheduler() if family == 'sdxl' else FlowMatchEulerDiscreteScheduler(shift=3.)
     base = kind.__new__(kind)
     base.schedule = m.Schedule(scheduler)
@@ -127,6 +138,8 @@ def meta_base(family):
                        torch.empty(1, pooled, dtype=torch.bfloat16)]
     if family == 'qwen':
         base.vae.enable_gradient_checkpointing = lambda: m.checkpoint_decoder(base.vae)
+    if family == 'zimage':
+        base.uncond[1] = torch.tensor([[tokens]])                       # lengths, which are read
     return base, parts
 
 def meta_student(base, lora):
@@ -247,6 +260,10 @@ def memory(args):
             ('SD3-Medium, all weights', 'sd3', {}, (8,)),
             ('Qwen-Image, `--lora 32 --offload`', 'qwen', dict(lora=32, offload=True), (1,)),
             ('Qwen-Image, `--lora 32 --offload --gan none`', 'qwen',
+             dict(lora=32, offload=True, gan='none'), (1,)),
+            ('Z-Image, `--lora 32`', 'zimage', dict(lora=32), (1,)),
+            ('Z-Image, `--lora 32 --offload`', 'zimage', dict(lora=32, offload=True), (1,)),
+            ('Z-Image, `--lora 32 --offload --gan none`', 'zimage',
              dict(lora=32, offload=True, gan='none'), (1,))]:
         for world in worlds:
             need, cut = (m.gigabytes(settings(family, gan_crop=crop, **flags), world, world, True)

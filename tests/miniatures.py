@@ -46,8 +46,32 @@ def qwen():
         scheduler=scheduler, vae=AutoencoderKLQwenImage(base_dim=8), text_encoder=text,
         tokenizer=words, transformer=net)
 
+def zimage():
+    """Z-Image's pipeline; the frame of its chat is 24 tokens, so that the text of one prompt is
+    filled up to 32, of another to 64."""
+    from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+    net = ZImageTransformer2DModel(
+        dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=(8, 8, 8))
+    net.register_to_config(sample_size=8)
+    for token in net.x_pad_token, net.cap_pad_token:                           # zeros when it is new
+        torch.nn.init.normal_(token)
+    frame = 'user ' * 21
+    words = tokenizer(frame + '. assistant')
+    words.chat_template = frame + '{{ messages[0].content }} . assistant .'
+    text = transformers.Qwen3Model(transformers.Qwen3Config(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4, down_block_types=['DownEncoderBlock2D'] * 4,
+        up_block_types=['UpDecoderBlock2D'] * 4, latent_channels=16, norm_num_groups=4,
+        scaling_factor=.3611, shift_factor=.1159, use_quant_conv=False, use_post_quant_conv=False)
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.), vae=vae, text_encoder=text,
+        tokenizer=words, transformer=net)
+
 def build(name, folder):
     """Writes the miniature of that name into a folder, and returns it."""
     torch.manual_seed(0)
-    dict(qwen=qwen)[name]().save_pretrained(folder)
+    dict(qwen=qwen, zimage=zimage)[name]().save_pretrained(folder)
     return folder

@@ -22,7 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL, AutoencoderKLQwenImage, DDPMScheduler, FlowMatchEulerDiscreteScheduler,
-    QwenImageTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel)
+    QwenImageTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel,
+    ZImageTransformer2DModel)
 from diffusers.loaders import single_file_utils as single_file
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard
@@ -39,7 +40,7 @@ from test_math import bare, family, normal
 
 PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
 
-@pytest.fixture(params=['sdxl', 'sd3', 'qwen'])
+@pytest.fixture(params=['sdxl', 'sd3', 'qwen', 'zimage'])
 def base(request):
     return family(request.param)
 
@@ -591,7 +592,9 @@ SIZES = {                                # parameters, network's configuration, 
         num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm='rms_norm'),
         [2432] * 19),
     'Qwen-Image, 4 of its 60 blocks': (
-        20_430_401_088 - 56 * 339_831_296, dict(num_layers=4), [3072] * 2)}
+        20_430_401_088 - 56 * 339_831_296, dict(num_layers=4), [3072] * 2),
+    'Z-Image, 4 of its 30 blocks': (
+        6_154_908_736 - 26 * 180_910_336, dict(n_layers=4), [3840] * 2)}
 
 def reward_of_that_size(base, net):
     """LatentReward around a network of that size, with text encoders in name only."""
@@ -605,13 +608,15 @@ def test_the_passes_of_an_iteration_at_full_size(name):
     """At 1024 px, without memory: shapes, dtypes, and all that is trained gets a gradient; of SDXL
     all weights, of SD3 adapters of rank 64."""
     count, config, channels = SIZES[name]
-    sdxl, qwen = name == 'SDXL', 'Qwen' in name
+    sdxl, qwen, zimage = name == 'SDXL', 'Qwen' in name, 'Z-Image' in name
     kind, network, c, tokens, width, pooled = m.SD3, SD3Transformer2DModel, 16, 333, 4096, 2048
     if sdxl:
         kind, network, c, tokens, width, pooled = m.SDXL, UNet2DConditionModel, 4, 77, 2048, 1280
     if qwen:                                                       # the last is its mask's
         kind, network = m.QwenImage, QwenImageTransformer2DModel
         tokens, width, pooled = 64, 3584, 64
+    if zimage:
+        kind, network, tokens, width = m.ZImage, ZImageTransformer2DModel, 77, 2560
     base = bare(kind, m.Schedule(DDPMScheduler() if sdxl else FlowMatchEulerDiscreteScheduler(
         shift=3.)), 1024, 'meta', tokens, width, pooled)
     with torch.device('meta'):
@@ -624,6 +629,9 @@ def test_the_passes_of_an_iteration_at_full_size(name):
             net.requires_grad_(False)
             net = base.trainable(m.lora_config(net, 64, 128., 'attention'))
             assert all('lora' in k for k in m.trained(net))
+    base.latent_shape = c, 128, 128
+    if zimage:
+        base.uncond[1] = torch.tensor([[tokens]])                       # a length, which is read
     y = base.uncond
     steps = base.schedule.steps(4).to('meta')
     noise = torch.empty(1, 4, c, 128, 128, device='meta')
@@ -641,9 +649,10 @@ def test_the_passes_of_an_iteration_at_full_size(name):
     with torch.no_grad():
         assert base.x0(base.teacher, z, t_s, y, 8.).shape == z.shape
         maps = base.features(net, z, t_s, y)
-        reward = None if qwen else reward_of_that_size(base, net)
-        assert qwen or reward.visual_projection.weight.shape == (1280, sum(channels))
-        assert qwen or reward(z, t_s, [torch.cat([v, v]) for v in y]).shape == (1,)
+        if not (qwen or zimage):
+            reward = reward_of_that_size(base, net)
+            assert reward.visual_projection.weight.shape == (1280, sum(channels))
+            assert reward(z, t_s, [torch.cat([v, v]) for v in y]).shape == (1,)
     assert base.channels(net) == [f.shape[1] for f in maps] == channels
     sides = [128, 64, 32, 32] if sdxl else [64] * len(channels)
     assert [f.shape[-1] for f in maps] == sides
@@ -773,7 +782,7 @@ REFUSED = [                                                   # command, what th
     ([*ONE, '--lora', 4, '--lora_targets', 'norm1'], 'norm1 is no linear layer or convolution'),
     ([*ONE, '--recipe', 'toy-sd3', '--t5'], '--t5: --model assets/toy/sd3 has no T5'),
     ([*ONE, '--model', 'TMP/sd1'],
-     'StableDiffusionXLPipeline, StableDiffusion3Pipeline, QwenImagePipeline. Another'),
+     'StableDiffusion3Pipeline, QwenImagePipeline, ZImagePipeline. Another is a subclass of Base'),
     ([*TWO, '--init', 'assets/toy/student', '--lora', 4], 'is one of --lora 32 and stays one'),
     ([*TWO, '--init', 'TMP/wide'], 'is of another base model'),
     ([*TWO, '--init', 'TMP/sound', '--reward', 'pickscore', '--pickscore', 'TMP/nowhere'],

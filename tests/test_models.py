@@ -4,8 +4,10 @@ One's own model: a base LoRA, prompts without pictures; and the families beside 
     pytest tests/test_models.py
 """
 
+import builtins
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -184,13 +186,18 @@ def test_offloaded_encoders_count_while_they_encode():
         assert m.gigabytes(flags, 1, 1, True)['activations'] == pytest.approx(2 * billions)
 
 # --------------------------------------------------------------------------------------------------
-# Qwen-Image
+# Qwen-Image and Z-Image
 
 PROMPTS = ['a red circle on blue', 'a striped white star above a green ring on black']
+GUIDED = dict(qwen=dict(negative_prompt=' ', true_cfg_scale=4.), zimage=dict(guidance_scale=3.))
+
+@pytest.fixture(scope='module', params=['qwen', 'zimage'])
+def name(request):
+    return request.param
 
 @pytest.fixture(scope='module')
-def base():
-    return family('qwen')
+def base(name):
+    return family(name)
 
 def test_guidance_is_the_pipelines_own_step(base):
     """x0 of the teacher, guided and not, is where each of the pipeline's Euler steps leads: for
@@ -204,7 +211,7 @@ def test_guidance_is_the_pipelines_own_step(base):
             seen.append(found['latents'])
             return {}
 
-        base.pipe(prompts, latents=seen[0], num_inference_steps=3, output_type='latent',
+        base.pipe([*prompts], latents=seen[0], num_inference_steps=3, output_type='latent',
                   callback_on_step_end=keep, **base.called(base.pipe, cfg, n))
         sigmas = base.pipe.scheduler.sigmas
         assert len(seen) == 4 and sigmas[0] == 1
@@ -216,14 +223,28 @@ def test_guidance_is_the_pipelines_own_step(base):
                 ours = base.x0(base.teacher, base.unpack(x), t, y, cfg)
             assert torch.allclose(base.pack(ours), theirs, atol=1e-5)
 
-def test_the_teachers_row_is_the_pipelines_picture(base, group):
+def test_the_teachers_row_is_the_pipelines_picture(base, name, group):
     noise = normal(2, *base.latent_shape)
     ours = base.teacher_samples(PROMPTS, noise, 3, 4., 1)
     for prompt, x, picture in zip(PROMPTS, noise, ours):
-        theirs = base.pipe(prompt, negative_prompt=' ', true_cfg_scale=4., height=64, width=64,
-                           num_inference_steps=3, latents=base.pack(x[None]), output_type='pt')
+        theirs = base.pipe(prompt, height=64, width=64, num_inference_steps=3, output_type='pt',
+                           latents=base.pack(x[None]), **GUIDED[name])
         assert torch.allclose((picture / 2 + .5).clamp(0, 1), theirs.images[0], atol=1e-4)
 
+def test_features_are_the_pictures_tokens(base):
+    """Whatever the text behind them, each in its place: a changed latent changes its own most."""
+    x, t, y = normal(1, *base.latent_shape), base.schedule.steps(4)[1:2], base.encode(PROMPTS[1:])
+    with torch.no_grad():
+        before = base.features(base.teacher, x, t, y)[-1]
+        assert before.shape == (1, *base.channels(base.teacher)[-1:], 4, 4)
+        for row, column in ((6, 1), (1, 4), (3, 7)):
+            changed = x.clone()
+            changed[..., row, column] += 1
+            after = base.features(base.teacher, changed, t, y)[-1]
+            most = (after - before).norm(dim=1).argmax()
+            assert divmod(most.item(), 4) == (row // 2, column // 2)
+
+@pytest.mark.parametrize('name', ['qwen'], indirect=True)
 def test_its_vae_without_cache_and_with_checkpoints(base):
     """A picture is what a video's decoder makes of one frame; latents are the inverse's; block by
     block checkpointed, the gradient is the same."""
@@ -245,6 +266,7 @@ def test_its_vae_without_cache_and_with_checkpoints(base):
     assert len(calls) == 2                                    # once more for the backward pass
     assert torch.allclose(plain, again, rtol=1e-4, atol=1e-6)
 
+@pytest.mark.parametrize('name', ['qwen'], indirect=True)
 def test_its_steps_are_shifted_by_the_number_of_tokens(base):
     """As its own scheduler shifts them: 16 tokens here, 4096 at 1024 px."""
     for tokens, schedule in ((16, base.schedule), (4096, m.Schedule(base.pipe.scheduler))):
@@ -255,26 +277,36 @@ def test_its_steps_are_shifted_by_the_number_of_tokens(base):
         scheduler.set_timesteps(sigmas=[1, .75, .5, .25], mu=mu)
         assert torch.allclose(schedule.steps(4), scheduler.timesteps, atol=1e-3)
 
-@pytest.fixture(scope='module')
-def qwen_run(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp('qwen') / 'run'
-    return out, run(out, 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--cfg', 4,
-                    '--lora', 4, '--grad_checkpointing', *SHORT)
-
-def test_every_script_takes_it(qwen_run, base, tmp_path):
-    """Both GANs, saved adapters, sampling, merging, rewards of pictures; no latent reward."""
-    out, said = qwen_run
-    assert 'steps [1000, 830, 619, 351]' in said
+def test_every_script_takes_it(base, name, tmp_path, monkeypatch):
+    """Both GANs, saved adapters, which plain diffusers draws with by the card's lines, sampling,
+    merging, evaluation, rewards of pictures; no latent reward."""
+    out = tmp_path / 'run'
+    said = run(out, 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--cfg', 4,
+               '--lora', 4, '--grad_checkpointing', *SHORT)
+    steps = dict(qwen='[1000, 830, 619, 351]', zimage='[1000, 900, 750, 500]')
+    assert f'steps {steps[name]}' in said
     assert {'gan/d', 'fake', 'grad/gan'} <= rows(out)[-1].keys()
     run(tmp_path / 'latent', 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name,
         '--lora', 4, '--gan', 'latent', *SHORT, '--iters', 1)
     assert rows(tmp_path / 'latent')[0]['grad/gan'] > 0
+    told = json.loads((out / 'student/student.json').read_text())
+    code, = re.findall(r'```python\n(.*?)```', (out / 'student/README.md').read_text(), re.S)
+    with monkeypatch.context() as patch:
+        patch.chdir(out / 'student')
+        builtins.exec(code.replace('pipe(prompt, ', 'torch.manual_seed(0)\npipe(prompt, height=64, '
+                                   'width=64, '), {})
+        patch.setattr(m, 'generator', lambda *key: torch.Generator().manual_seed(0))
+        run(f'{tmp_path}/0/', 'sample.py', '--ckpt', out, '--prompt', told['prompts'][0], '--n', 1)
+    theirs, ours = (np.asarray(Image.open(file), int) for file in (
+        out / 'student/picture.png', tmp_path / '0/00000.png'))
+    assert np.abs(theirs - ours).max() <= 1 and ours.std() > 1
     ours = drawn(tmp_path / 'a.png', '--ckpt', out)
     run(tmp_path / 'whole', 'sample.py', '--ckpt', out, '--merge', tmp_path / 'whole')
     assert np.abs(drawn(tmp_path / 'b.png', '--ckpt', tmp_path / 'whole') - ours).max() <= 1
     drawn(tmp_path / 'c.png', '--ckpt', out, '--teacher', '--steps', 2)
-    card = (out / 'student/README.md').read_text()
-    assert 'true_cfg_scale=1).images' in card and 'FlowMatchLCMScheduler' in card
+    said = run(tmp_path / 'e.json', 'evaluate.py', '--ckpt', out, '--teacher', '--n', 2,
+               '--teacher_steps', 2, '--metrics', 'clip')
+    assert '2 steps, CFG 3' in said
     stage_2 = ['train_stage2.py', '--init', out, *SHORT, '--eval_every', 0]
     run(tmp_path / 'two', *stage_2, '--reward', 'pickscore')
     assert 'rl/loss' in rows(tmp_path / 'two')[-1]
