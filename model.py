@@ -361,7 +361,7 @@ def lora_and_weight(words, flag='--base_lora'):
     file, *rest = map(str, words)
     if not Path(file).is_file():
         die(f'{flag} {file} is not there, or no file; give a LoRA of the model as one .safetensors '
-            'file')
+            f'file (a run keeps its own in student/{BASE_LORA})')
     with sentence(f'{flag} {file} {" ".join(rest)} is not a file and one weight'):
         weight, = map(float, rest or [1.])
         assert abs(weight) < float('inf')
@@ -396,17 +396,31 @@ def of_any_variant(kind, name, **how):
             return kind.from_pretrained(str(name), variant='fp16', **how)
         raise error
 
+def class_of(name):
+    """The class of a pipeline (folder, hub id, one file) by what of it is on this machine: its
+    model_index.json, or the names of a file's weights; '' where there is nothing."""
+    import huggingface_hub as hub
+    path = Path(name)
+    with contextlib.suppress(*BAD_FILE):
+        if path.is_file():
+            sd3 = any('joint_blocks' in name for name in safe_open(path, 'pt').keys())
+            return 'StableDiffusion3Pipeline' if sd3 else 'StableDiffusionXLPipeline'
+        index = path / 'model_index.json'
+        if not path.exists():
+            index = hub.try_to_load_from_cache(str(name), 'model_index.json')
+        return json.loads(Path(index).read_text())['_class_name']
+    return ''
+
 def load_file_of_all(file, dtype, **without):
     """The pipeline in one .safetensors file, as SDXL's fine-tunes are published. What configures it
     is a model_index.json beside it with its folders, else diffusers' choice by the weights' names,
     a few kB of the hub's."""
     import diffusers
     names = {*safe_open(file, 'pt').keys()}
-    sd3 = any('joint_blocks' in name for name in names)
-    kind = diffusers.StableDiffusion3Pipeline if sd3 else diffusers.StableDiffusionXLPipeline
+    kind = getattr(diffusers, class_of(file))
     dtype = dtype['default'] if isinstance(dtype, dict) else dtype
     pipe = kind.from_single_file(
-        str(file), dtype=dtype, **beside(file), **(without if sd3 else {}))
+        str(file), dtype=dtype, **beside(file), **(without if 'StableDiffusion3' in kind.__name__ else {}))
     pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))              # SDXL's: fp32
     if 'v_pred' in names:                       # marks of fine-tunes, which diffusers does not read
         pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
@@ -431,6 +445,11 @@ def check_sources(args):
     hub that are neither here nor to be had, with their licences, and the library of --wandb."""
     if args.base_lora:
         lora_and_weight(args.base_lora)
+    typed = {word.split('=')[0] for word in sys.argv}
+    for flag in ('--data', '--data_files', '--data_limit') if args.prompts_only else ():
+        if flag in typed:
+            die(f"--prompts_only {args.prompts_only} reads nothing of {flag}: leave {flag} away, or "
+                "give --prompts_only ''")
     if args.prompts_only and args.gan != 'none':
         die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none')
     words = []
@@ -514,7 +533,8 @@ class Base:
     teacher or any copy of it, xt (B, C, h, w) latents, t (B,), y = base.encode(prompts).
 
     A family says what differs: its network's place in a pipeline (part), what a LoRA or one file
-    of it is called by other tools (architecture), and the methods up to __init__.
+    of it is called by other tools (architecture), which recipe has its sizes (recipe), and the
+    methods up to __init__.
     """
 
     reads = {'': 77, '_2': 77, '_3': 256}                   # tokens that each text encoder reads
@@ -568,6 +588,8 @@ class Base:
     def __init__(self, name, pipe, device, offload=False, base_lora=()):
         self.name = name
         self.base_lora = base_lora                              # merged into the pipeline's weights
+        # what a student is saved with, whatever becomes of the file while a run goes on
+        self.base_lora_bytes = Path(base_lora[0]).read_bytes() if base_lora else b''
         self.pipe = pipe
         self.device = device
         pipe.set_progress_bar_config(disable=True)
@@ -732,6 +754,7 @@ def as_long(u, c):
 class SDXL(Base):
     part = 'unet'
     architecture = 'stable-diffusion-xl-v1-base'
+    recipe = 'sdxl'
     second_half = ['up_blocks', 'conv_norm_out', 'conv_out']
 
     def encode_with(self, pipe, prompts):
@@ -764,6 +787,7 @@ class SDXL(Base):
 class SD3(Base):
     part = 'transformer'
     architecture = 'stable-diffusion-3'
+    recipe = 'sd3'
     second_half = ['norm_out', 'proj_out']                                # and half of the blocks
 
     @staticmethod
@@ -792,6 +816,7 @@ class QwenImage(SD3):
     """Blocks as SD3's, tokens of 2 x 2 latents, one text encoder and a mask, a VAE of videos."""
 
     architecture = 'qwen-image'
+    recipe = 'qwen'
     reads = {'': 512}
     unguided = 'true_cfg_scale=1'
 
@@ -857,6 +882,7 @@ class ZImage(SD3):
     pipeline's guidance_scale w - 1: cond + (w - 1) (cond - uncond)."""
 
     architecture = 'z-image'
+    recipe = 'zimage'
     reads = {'': 504}                                  # 512 with the chat's frame around the prompt
 
     @staticmethod
@@ -1358,7 +1384,8 @@ def write_facts(folder, facts, family, run):
     newest pictures and the settings of its run, if `run` is the folder of one."""
     if facts.get('base_lora'):                     # the student's folder is to be whole without it
         file, weight, _ = lora_and_weight(facts['base_lora'])
-        shutil.copyfile(file, folder / BASE_LORA)
+        if Path(file) != folder / BASE_LORA:
+            shutil.copyfile(file, folder / BASE_LORA)
         facts = facts | dict(base_lora=[BASE_LORA, weight])
     (folder / 'student.json').write_text(json.dumps(facts, indent=1))
     base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
@@ -1413,8 +1440,6 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
     from diffusers.utils import convert_state_dict_to_kohya
     scheduler = few_step_scheduler(base.pipe.scheduler, base.tokens)
     facts = facts | dict(steps=steps.long().tolist())
-    if base.base_lora:
-        facts['base_lora'] = list(base.base_lora)
     with replacing(folder) as tmp:
         if lora:
             tmp.mkdir()
@@ -1445,6 +1470,9 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 if name == 'force_zeros_for_empty_prompt':
                     parts[name] = value
             type(base.pipe)(**parts).save_pretrained(tmp)
+        if base.base_lora:
+            (tmp / BASE_LORA).write_bytes(base.base_lora_bytes)
+            facts['base_lora'] = [tmp / BASE_LORA, *base.base_lora[1:]]
         write_facts(tmp, facts, type(base), Path(folder).parent)
 
 def lora_file(folder, net, flag):
@@ -1874,7 +1902,8 @@ def gigabytes(args, world, here, cuda):
     """{'frozen', 'trained', 'activations': GB on each of `world` cards, `here` of them on this
     machine, 'main': GB of main memory that --cpu_offload takes, 'state', 'student': GB on the disk,
     'counted': whether activations are known}, for a training script's settings."""
-    family = next((name for name in ('sd3', 'qwen', 'zimage') if name in args.recipe), 'sdxl')
+    family = FAMILIES.get(class_of(args.model))                # unknown where nothing is fetched
+    family = family.recipe if family else next((k for k in SIZES if k in args.recipe), 'sdxl')
     size = SimpleNamespace(**dict(vae=VAE, picture=PICTURE, look=LOOK) | SIZES[family])
     net, texts, vae = size.net, size.texts + (size.t5 if args.t5 is not False else 0), size.vae
     counted = True

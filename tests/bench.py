@@ -294,7 +294,7 @@ def sizes(updates=UPDATES, families=('sdxl', 'sd3')):
         yield f'{family}: adapters of rank 64', size['adapters'] * 64 / 1e9, own / 1e9
         for crop, n, checkpointing, gan in updates:
             flags = settings(family, lora=lora, gan_crop=crop, micro=n, gan=gan,
-                             checkpointing=checkpointing)
+                             grad_checkpointing=checkpointing)
             used = m.gigabytes(flags, 1, 1, True)['activations']
             found = activations(family, lora, crop, n, checkpointing, gan == 'pixel')
             found = max(found, size['look'] + .4 * n)         # of a sample grid

@@ -5,12 +5,14 @@ One's own model: a base LoRA, prompts without pictures; and the families beside 
 """
 
 import builtins
+import itertools
 import json
 import math
 import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -71,12 +73,23 @@ def style(toy, tmp_path_factory):
     (folder / 'pickle.safetensors').write_bytes(b'\x80\x04.')
     return folder
 
-def test_a_base_lora_is_merged_before_anything_else(toy, style):
+def test_a_base_lora_is_merged_before_anything_else(toy, style, tmp_path, group):
     """W + weight B A in the teacher and in copies of all weights, which are read anew; once in the
-    text encoder, whoever reads how often; kohya's names are the same file."""
+    text encoder, whoever reads how often; kohya's names are the same file. A student is saved with
+    what was merged, though the file has gone, or is another by then."""
     tensors = load_file(style / 'sound.safetensors')
-    base = m.load_base(TOY, base_lora=[style / 'sound.safetensors', '.5'])
+    file = tmp_path / 'mine.safetensors'
+    shutil.copy(style / 'sound.safetensors', file)
+    base = m.load_base(TOY, base_lora=[file, '.5'])
     copied = base.trainable()
+    for change in (file.unlink, lambda: shutil.copy(style / 'kohya.safetensors', file)):
+        change()
+        facts = dict(base_model=str(TOY), recipe='toy', iteration=1, prompts=['a star'])
+        lora = m.lora_config(base.teacher, 2, 2., 'attention')
+        m.save_student(tmp_path / 'student', base, base.trainable(lora), base.schedule.steps(4),
+                       'float32', facts, lora)
+        saved = (tmp_path / 'student' / m.BASE_LORA).read_bytes()
+        assert saved == (style / 'sound.safetensors').read_bytes()
     nets = {'unet.': [base.teacher, copied], 'text_encoder.': [base.pipe.text_encoder]}
     plain = {'unet.': toy.teacher, 'text_encoder.': toy.pipe.text_encoder}
     for prefix, found in nets.items():
@@ -171,13 +184,41 @@ def test_a_student_brings_its_base_lora(distilled, style, toy, tmp_path):
     (['--base_lora', 'assets/toy/sdxl/vae/diffusion_pytorch_model.safetensors'],
      'it has no pairs of factors'),
     (['--prompts_only', 'TMP/none.txt'], '--prompts_only TMP/none.txt cannot be read as text'),
-    (['--prompts_only', 'assets/prompts.txt', '--gan', 'pixel'], 'use --gan none')])
+    (['--prompts_only', 'assets/prompts.txt', '--gan', 'pixel'], 'use --gan none'),
+    (['--prompts_only', 'assets/prompts.txt', '--data', 'assets/toy/data'], 'leave --data away')])
 def test_bad_input_is_one_sentence(flags, says, style, tmp_path):
     flags = [str(x).replace('TMP', str(style)) for x in flags]
     done = refused('train_stage1.py', '--recipe', 'toy', *flags, '--out', tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
     assert says.replace('TMP', str(style)) in done.stderr
+
+def test_the_plan_knows_a_family_by_its_files(tmp_path, monkeypatch):
+    """Whatever the recipe: a folder's or the hub's cache's model_index.json, the names in one file;
+    else by the recipe."""
+    def planned(recipe, model):
+        return m.gigabytes(bench.settings(recipe, model=str(model), lora=32), 1, 1, True)
+
+    folder, hub = tmp_path / 'pipe', tmp_path / 'models--owner--name'
+    for place in (folder / 'transformer', hub / 'snapshots/1', hub / 'refs'):
+        place.mkdir(parents=True)
+    (hub / 'refs/main').write_text('1')
+    save_file({'w': torch.zeros(1000)}, folder / 'transformer/a.safetensors')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    by_recipe = {k: [planned(k, folder), planned(k, 'owner/name')] for k in m.SIZES}
+    assert all(x[0] != y[0] for x, y in itertools.combinations(by_recipe.values(), 2))
+    kinds = dict(StableDiffusionXLPipeline='sdxl', StableDiffusion3Pipeline='sd3',
+                 QwenImagePipeline='qwen', ZImagePipeline='zimage')
+    for name in (*kinds, 'AnotherPipeline'):
+        for place in (folder, hub / 'snapshots/1'):
+            (place / 'model_index.json').write_text(json.dumps({'_class_name': name}))
+        for recipe in m.SIZES:
+            found = [planned(recipe, folder), planned(recipe, 'owner/name')]
+            assert found == by_recipe[kinds.get(name, recipe)]
+    file = tmp_path / 'one.safetensors'
+    for key, recipe in dict(joint_blocks='sd3', unet='sdxl').items():
+        save_file({f'{key}.0.weight': torch.zeros(1)}, file)
+        assert planned('qwen', file) == planned(recipe, 'owner/other')
 
 def test_offloaded_encoders_count_while_they_encode():
     """A crop makes activations smaller than the encoders, which are on the card by turns."""
