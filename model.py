@@ -539,16 +539,17 @@ class Base:
 
     reads = {'': 77, '_2': 77, '_3': 256}                   # tokens that each text encoder reads
     unguided = 'guidance_scale=0'                           # of a pipeline's call, as on a card
+    published_side = None                               # where a network's config has no sample_size
 
     @staticmethod
     def depth(pipe):
         """The channels of the network's input that the VAE fills."""
         return pipe.vae.config.latent_channels
 
-    @staticmethod
-    def side(pipe):
+    @classmethod
+    def side(cls, pipe):
         """A side of the latents."""
-        return network_of(pipe).config.sample_size
+        return network_of(pipe).config.get('sample_size', cls.published_side)
 
     @staticmethod
     def called(pipe, cfg, count):
@@ -566,6 +567,10 @@ class Base:
     def call(self, net, xt, t, y):
         """net's own output, (B, C, h, w)."""
         raise NotImplementedError
+
+    def unread(self):
+        """Names of the network's modules that its output does not depend on: they stay frozen."""
+        return []
 
     def guided(self, cond, uncond, cfg):
         """Both outputs -> the guided one, (B, C, h, w)."""
@@ -638,8 +643,14 @@ class Base:
             if self.base_lora:
                 pipe = type(self.pipe)(**self.pipe.components | {self.part: net})
                 merge_lora(pipe, self.base_lora, [self.part])
-            return net.requires_grad_().train()                   # peft has frozen what it merged
+            net.requires_grad_()                                  # peft has frozen what it merged
+            for name in self.unread():
+                net.get_submodule(name).requires_grad_(False)
+            return net.train()
         net = twin(self.teacher)
+        if self.unread():
+            lora = copy.copy(lora)
+            lora.exclude_modules = rf'({"|".join(map(re.escape, self.unread()))})(\..*)?'
         net.add_adapter(lora)
         for w in trained(net).values():
             w.data = w.data.to(self.device, torch.float32)
@@ -819,14 +830,11 @@ class QwenImage(SD3):
     recipe = 'qwen'
     reads = {'': 512}
     unguided = 'true_cfg_scale=1'
+    published_side = 128
 
     @staticmethod
     def depth(pipe):
         return 4 * pipe.vae.config.z_dim
-
-    @staticmethod
-    def side(pipe):
-        return pipe.transformer.config.get('sample_size', pipe.default_sample_size)
 
     @staticmethod
     def called(pipe, cfg, count):
@@ -844,13 +852,10 @@ class QwenImage(SD3):
     def encode_nothing(self, pipe):
         return self.encode_with(pipe, [' '])
 
-    def trainable(self, lora=None):
-        """Base's; without adapters on what the last block makes of the text: it is not read."""
-        if lora:
-            last = f'transformer_blocks.{len(self.teacher.transformer_blocks) - 1}'
-            lora = copy.copy(lora)
-            lora.exclude_modules = rf'{last}\.(attn\.to_add_out|txt_mlp\..*)'
-        return super().trainable(lora)
+    def unread(self):
+        # what the last block makes of the text
+        last = f'transformer_blocks.{len(self.teacher.transformer_blocks) - 1}'
+        return [f'{last}.attn.to_add_out', f'{last}.txt_mlp']
 
     def call(self, net, xt, t, y):
         shape = 1, xt.shape[2] // 2, xt.shape[3] // 2
@@ -884,10 +889,7 @@ class ZImage(SD3):
     architecture = 'z-image'
     recipe = 'zimage'
     reads = {'': 504}                                  # 512 with the chat's frame around the prompt
-
-    @staticmethod
-    def side(pipe):
-        return pipe.transformer.config.get('sample_size', 1024 // pipe.vae_scale_factor)
+    published_side = 128
 
     @staticmethod
     def called(pipe, cfg, count):
@@ -1493,7 +1495,8 @@ def restore_student(base, net, folder, lora, flag='--init'):
     """Puts the weights that save_student wrote into net, of base.trainable(lora)."""
     if lora is None:
         saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
-        load_trained(net, dict(saved.named_parameters()))
+        own = trained(net)
+        load_trained(net, {k: w for k, w in saved.named_parameters() if k in own})
         return
     adapters = {}
     for name, w in lora_file(folder, net, flag).items():

@@ -319,7 +319,7 @@ def test_its_steps_are_shifted_by_the_number_of_tokens(base):
         assert torch.allclose(schedule.steps(4), scheduler.timesteps, atol=1e-3)
 
 def test_every_script_takes_it(base, name, tmp_path, monkeypatch):
-    """Both GANs, saved adapters, which plain diffusers draws with by the card's lines, sampling,
+    """Both GANs, all weights, saved adapters, which plain diffusers draws with by the card's lines, sampling,
     merging, evaluation, rewards of pictures; no latent reward."""
     out = tmp_path / 'run'
     said = run(out, 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--cfg', 4,
@@ -328,8 +328,15 @@ def test_every_script_takes_it(base, name, tmp_path, monkeypatch):
     assert f'steps {steps[name]}' in said
     assert {'gan/d', 'fake', 'grad/gan'} <= rows(out)[-1].keys()
     run(tmp_path / 'latent', 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name,
-        '--lora', 4, '--gan', 'latent', *SHORT, '--iters', 1)
+        '--lora', 0, '--student_lr', 1e-4, '--fake_lr', 1e-4, '--gan', 'latent', *SHORT)
     assert rows(tmp_path / 'latent')[0]['grad/gan'] > 0
+    whole = base.trainable()
+    m.restore_student(base, whole, tmp_path / 'latent/student', None)
+    state = weights(tmp_path / 'latent', 2)
+    for k, w in m.trained(whole).items():
+        assert torch.equal(w, state[f'student.weight/{k}'])
+    frozen = {k for k, w in whole.named_parameters() if not w.requires_grad}
+    assert len(frozen) == dict(qwen=6, zimage=0)[name]
     told = json.loads((out / 'student/student.json').read_text())
     code, = re.findall(r'```python\n(.*?)```', (out / 'student/README.md').read_text(), re.S)
     with monkeypatch.context() as patch:
