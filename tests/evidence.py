@@ -12,7 +12,7 @@ A cell is a run of a training script as a user types it, scored by evaluate.py o
 prompts and noise that no setting was chosen on. A claim is a difference of two cells: its mean over
 training seeds, and the standard error of that mean. Shown: two standard errors on the claim's side.
 Killed at any moment, the same command goes on. Tables go into assets/results.md between two marks,
-a picture for each claim into assets/evidence-CLAIM.png.
+a picture for each claim beside it, evidence-CLAIM.jpg.
 """
 
 import itertools
@@ -174,6 +174,7 @@ flag('--tune', nargs='+', choices=CELLS, default=[], help='cells of which TRIALS
 flag('--leaderboard', action='store_true', help='the page as it stands, until it reaches GOAL')
 flag('--write', action='store_true', help='train nothing')
 flag('--work', default='out/evidence', help='folder of runs and scores, which are kept')
+flag('--results', default='assets/results.md', help='page of the tables; pictures go beside it')
 args = p.parse_args()
 m.at_least(args, seeds=1, jobs=1)
 work = m.writable_folder(ROOT / args.work, '--work')
@@ -353,14 +354,14 @@ BEGIN, END = '<!-- tests/evidence.py writes from here -->', '<!-- to here -->'
 
 def write():
     """Puts the tables between the marks of the results' page, or at its end; draws the pictures."""
-    file = ROOT / 'assets/results.md'
+    file = ROOT / args.results
     before, _, rest = file.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     with m.replacing(file) as tmp:
         tmp.write_text(before.rstrip('\n') + '\n\n' + '\n'.join(page()) + (after or '\n'))
     print(file)
     for name in args.only:
-        sheet = ROOT / f'assets/evidence-{slug(name)}.jpg'
+        sheet = file.with_name(f'evidence-{slug(name)}.jpg')
         sides = [student(side, 0, it) for side, it in CLAIMS[name][0].sides]
         if not all(side.exists() for side in sides):
             continue
@@ -378,7 +379,7 @@ def write():
 # --------------------------------------------------------------------------------------------------
 
 data = work / 'data/data'
-if not data.exists():
+if not (data.exists() or args.write):
     run('tests/make_toy.py', '--only', 'data', '--seed', 1, '--held_out', 2048, '--pictures', 2048,
         '--out', data.parent, '--work', work / 'data/work')
 pool = ThreadPoolExecutor(args.jobs)
