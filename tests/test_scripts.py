@@ -139,7 +139,7 @@ def test_what_evidence_calls_shown(tmp_path):
             (scores / f'{cell}-{seed}-{its}.json').write_text(json.dumps(row))
 
     put('flash', 300, [.70, .71, .72], [.20, .21, .22])
-    put('dmd2', 900, [.69, .70, .705], [.25, .10, .22])
+    put('dmd2', 900, [.69, .70, .705], [.25, .20, .25])
     put('dm', 300, [.69], [.1])
     put('shipped', 0, [.67], [.3])
     put('joint', 330, [.66, .665], [.3, .3])
@@ -152,7 +152,7 @@ def test_what_evidence_calls_shown(tmp_path):
     said = {(row[0], row[1]): row[4:] for row in table if len(row) == 7}
     cost = 'Flash-DMD is ahead of DMD2 in equal time'
     assert said[cost, 'PickScore'] == ['+0.0117 (0.0017)', '3', 'shown']
-    assert said[cost, 'spectrum'] == ['-0.020 (0.047)', '3', 'not shown']
+    assert said[cost, 'spectrum'] == ['+0.023 (0.018)', '3', 'not shown']
     assert said['DM alone is poor in texture', 'spectrum'] == ['-0.100', '1', 'one seed']
     raised = 'joint RL raises PickScore, which it does not see', 'PickScore'
     assert said[raised] == ['-0.0075 (0.0025)', '2', 'opposite']
