@@ -333,10 +333,12 @@ def page():
     head = ['cell', 'iterations', *(title for title, _ in METRICS.values()), 'CPU s', 'seeds']
     lines += table(head, rows)
     lines += table(['cell', 'command'], (
-        [name, f'`python {" ".join([script, *flags])}`'] for name, (script, flags, _)
-        in CELLS.items() if flags and any(known(name, it) for it in CELLS[name][2])))
-    lines += ['', 'Those of train_stage2.py start from the shipped student, `--init '
-              f'{SHIPPED}`. CPU s: of training, all threads.']
+        [name, f'`python {" ".join([script, *flags])} --iters {its[-1]}`']
+        for name, (script, flags, its) in CELLS.items()
+        if its[-1] and any(known(name, it) for it in its)))
+    lines += ['', 'Those of train_stage2.py with `--init '
+              f'{SHIPPED} --eval_every 0`, the shipped student; all with `--sample_every 0 --seed '
+              'N`. CPU s: of training, all threads.']
     if conflict():
         lines += ['', 'Cosine between the gradients of DM and of the pixel GAN at one and the same '
                   'sample of the student (cell +A+B, all logged iterations):']
