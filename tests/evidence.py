@@ -389,7 +389,7 @@ if args.leaderboard:
     for seed in range(3):
         out, spent, it, found = work / f'leaderboard-{seed}', 0., 0, {}
         while not found or any((found[k] - GOAL[k]) * (-1 if k in LOWER else 1) < 0 for k in GOAL):
-            it += 25
+            it += 50
             spent += run(ONE, *FLASH, *FLAT, '--seed', seed, '--iters', it, '--sample_every', 0,
                          '--out', out)
             found, = evaluated(0, data / 'prompts.txt', 1024, '--ckpt', out)
