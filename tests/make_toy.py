@@ -637,13 +637,16 @@ def world_variants(scene):
         out.append(dict(scene, objects=names[::-1]))
     return out
 
-def world_render(scene, rng, size=1., light_gain=1., style=None, pixels=SIZE):
+def world_render(scene, rng, size=1., light_gain=1., texture_gain=1., style=None, pixels=SIZE):
     """(pixels, pixels, 3) float32 in [0, 1] and the things' masks (n, pixels, pixels) bool. The
-    gains scale the things' radius and the brightness; the style is drawn unless it is given."""
+    gains scale the things' radius, the brightness and the contrast of the ground; the style is
+    drawn unless it is given."""
     angle = rng.uniform(-2.6, -.5)                                    # the light is always above
     lx, ly = math.cos(angle), math.sin(angle)
     img = draw_ground(scene['background'], rng, 2 * pixels, lx, ly).astype(np.float32)
     img *= rng.uniform(.9, 1.08)
+    if texture_gain != 1:
+        img = img.mean((0, 1)) + texture_gain * (img - img.mean((0, 1)))
     drawn = STYLES[rng.integers(len(STYLES))]
     masks, n = [], len(scene['objects'])
     for k, name in enumerate(scene['objects']):
@@ -667,13 +670,24 @@ def world_render(scene, rng, size=1., light_gain=1., style=None, pixels=SIZE):
 KINDS = dict(attribute=.35, missing=.08, extra=.08, blur=.08, washed=.08, contrast=.08, noise=.08, taste=.17)
 
 
+def patterned(scene):
+    return any(texture != 'plain' for texture, _, _ in scene['objects'])
+
+
+def may_join(triple, scene):
+    return triple[1] != scene['background']
+
+
+nouns = TRIPLES
+
+
 def draw_pair(seed, i):
     """Pair i: (caption, winner, loser, kind of the difference), pictures (64, 64, 3) uint8."""
     rng = np.random.default_rng([seed, i, 5])
     kind = rng.choice(list(KINDS), p=list(KINDS.values()))
     scene = draw_scene(rng)
     fits = {'missing': lambda s: len(s['objects']) == 2, 'extra': lambda s: len(s['objects']) == 1,
-            'washed': lambda s: any(o[0] != 'plain' for o in s['objects'])}.get(kind, lambda s: True)
+            'washed': patterned}.get(kind, lambda s: True)
     while not fits(scene):
         scene = draw_scene(rng)
     other, (near, far) = scene, rng.uniform(-1, 1, 2)                                   # taste of winner and loser
@@ -682,7 +696,7 @@ def draw_pair(seed, i):
     elif kind == 'missing':
         other = dict(scene, objects=[scene['objects'][rng.integers(2)]], relation=None)
     elif kind == 'extra':
-        second = next(o for o in iter(lambda: TRIPLES[rng.integers(len(TRIPLES))], None) if o[1] != scene['background'])
+        second = next(o for o in iter(lambda: nouns[rng.integers(len(nouns))], None) if may_join(o, scene))
         other = dict(scene, objects=scene['objects'] + [second], relation=RELATIONS[rng.integers(2)])
     elif kind == 'taste':
         near, far = rng.uniform(.2, 1), rng.uniform(-1, -.2)
@@ -909,7 +923,7 @@ def make_vae():
         value, info = F.l1_loss(y, x) + 2 * mse + 1e-4 * kl, dict(psnr=-10 * torch.log10(mse / 4), kl=kl)
         if args.world:
             texture = texture_loss(y, x)
-            value = value + .3 * texture
+            value = value + .5 * texture
             info |= dict(texture=texture, sharp=sharpness(y).mean() / sharpness(x).mean())
         return value, info
 
@@ -1230,9 +1244,9 @@ def make_sd3():
         net.register_to_config(_name_or_path='') if net is vae else setattr(net.config, '_name_or_path', '')
     # 16 tokens hold the longest caption, 14
     tokenizers = [CLIPTokenizer.from_pretrained(OUT / f'sdxl/{name}', model_max_length=16) for name in ('tokenizer', 'tokenizer_2')]
-    width = one.config.hidden_size + two.config.hidden_size
+    width, channels = one.config.hidden_size + two.config.hidden_size, vae.config.latent_channels
     net = SD3Transformer2DModel(
-        sample_size=SIZE // 8, patch_size=1, in_channels=16, out_channels=16, num_layers=6, attention_head_dim=32,
+        sample_size=SIZE // 8, patch_size=1, in_channels=channels, out_channels=channels, num_layers=6, attention_head_dim=32,
         num_attention_heads=3, joint_attention_dim=width, caption_projection_dim=96, pos_embed_max_size=SIZE // 8,
         pooled_projection_dim=one.config.projection_dim + two.config.projection_dim)
     pipe = StableDiffusion3Pipeline(
@@ -1403,9 +1417,16 @@ if __name__ == '__main__':
     OUT, WORK, DEVICE, TOKENS = args.out, args.work, args.device, 24
     model.at_least(args, iters=0, pictures=1, pairs=1, held_out=2, seed=0)
     if args.world:
-        if not {*args.only} <= {'data', 'vae', 'sam', 'clip', 'teacher'}:
-            model.die('--world has data, vae, sam, clip and teacher so far; name some of them with --only')
+        if 'style' in args.only:
+            model.die('--only style is of the shapes: leave --world away')
         draw_scene, caption, variants, render = world_scene, world_caption, world_variants, world_render
+        nouns = list(THINGS)                                             # its grounds all have a texture
+
+        def patterned(scene):
+            return True
+
+        def may_join(thing, scene):
+            return thing not in scene['objects']
     try:
         torch.empty(0, device=DEVICE)
     except (RuntimeError, AssertionError) as error:

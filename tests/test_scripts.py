@@ -124,6 +124,42 @@ def test_the_loop_leaves_alone_what_functions_read(script):
         assert not ({node.id for node in names} - own) & given, function.name
 
 # --------------------------------------------------------------------------------------------------
+# the tables of evidence
+
+def test_what_evidence_calls_shown(tmp_path):
+    """By Student's t over paired seeds, which 3.8 standard errors of three are not; lower is better
+    for a distance. The rest of the page stays, and what was written there before goes."""
+    page, scores = tmp_path / 'results.md', tmp_path / 'work/scores'
+    scores.mkdir(parents=True)
+    values = dict(cmmd=.1, sharpness=9., margin=1., rprecision=.8, cpu=60.)
+
+    def put(cell, its, pickscore, spectrum):
+        for seed, (p, s) in enumerate(zip(pickscore, spectrum)):
+            row = values | dict(pickscore=p, spectrum=s)
+            (scores / f'{cell}-{seed}-{its}.json').write_text(json.dumps(row))
+
+    put('flash', 300, [.70, .71, .72], [.20, .21, .22])
+    put('dmd2', 900, [.69, .70, .705], [.25, .23, .25])
+    put('dm', 300, [.69], [.1])
+    put('shipped', 0, [.67], [.3])
+    put('joint', 330, [.66, .665, .662], [.3] * 3)
+    page.write_text('# Measured\n')
+    for _ in range(2):
+        well(inside('tests/evidence.py', '--write', '--work', tmp_path / 'work', '--results', page))
+        text = page.read_text()
+        page.write_text(text + 'more\n')
+    table = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('|')]
+    said = {(row[0], row[1]): row[4:] for row in table if len(row) == 7}
+    cost = 'Flash-DMD is ahead of DMD2 in equal time'
+    assert said[cost, 'PickScore'] == ['+0.0117 (0.0017)', '3', 'shown']
+    assert said[cost, 'spectrum'] == ['+0.033 (0.009)', '3', 'not shown']
+    assert said['DM alone is poor in texture', 'spectrum'] == ['-0.100', '1', 'one seed']
+    raised = 'joint RL raises PickScore, which it does not see', 'PickScore'
+    assert said[raised] == ['-0.0077 (0.0015)', '3', 'opposite']
+    assert text.startswith('# Measured\n') and text.endswith('to here -->\nmore\n')
+    assert text.count('writes from here') == 1
+
+# --------------------------------------------------------------------------------------------------
 # the same result, any way
 
 def test_two_ranks_with_two_micro_batches_each_are_one_process(plain, tmp_path):
