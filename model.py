@@ -419,8 +419,8 @@ def load_file_of_all(file, dtype, **without):
     names = {*safe_open(file, 'pt').keys()}
     kind = getattr(diffusers, class_of(file))
     dtype = dtype['default'] if isinstance(dtype, dict) else dtype
-    pipe = kind.from_single_file(
-        str(file), dtype=dtype, **beside(file), **(without if 'StableDiffusion3' in kind.__name__ else {}))
+    without = without if kind is diffusers.StableDiffusion3Pipeline else {}
+    pipe = kind.from_single_file(str(file), dtype=dtype, **beside(file), **without)
     pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))              # SDXL's: fp32
     if 'v_pred' in names:                       # marks of fine-tunes, which diffusers does not read
         pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
@@ -448,8 +448,8 @@ def check_sources(args):
     typed = {word.split('=')[0] for word in sys.argv}
     for flag in ('--data', '--data_files', '--data_limit') if args.prompts_only else ():
         if flag in typed:
-            die(f"--prompts_only {args.prompts_only} reads nothing of {flag}: leave {flag} away, or "
-                "give --prompts_only ''")
+            die(f'--prompts_only {args.prompts_only} takes the place of {flag}: leave {flag} away, '
+                "or give --prompts_only ''")
     if args.prompts_only and args.gan != 'none':
         die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none')
     words = []
@@ -537,9 +537,9 @@ class Base:
     methods up to __init__.
     """
 
-    reads = {'': 77, '_2': 77, '_3': 256}                   # tokens that each text encoder reads
-    unguided = 'guidance_scale=0'                           # of a pipeline's call, as on a card
-    published_side = None                               # where a network's config has no sample_size
+    reads = {'': 77, '_2': 77, '_3': 256}                 # tokens that each text encoder reads
+    unguided = 'guidance_scale=0'                         # of a pipeline's call, as on a card
+    published_side = None                             # where a network's config has no sample_size
 
     @staticmethod
     def depth(pipe):
@@ -1260,8 +1260,15 @@ def network_of(pipe):
     """The denoising network of a pipeline."""
     return pipe.transformer if hasattr(pipe, 'transformer') else pipe.unet
 
+def check_compiles(net):
+    """Ends with a sentence for a network that torch.compile does not take."""
+    if type(net).__name__ == 'ZImageTransformer2DModel':
+        die("--compile: Z-Image's network takes a list of texts, each as long as it is, of which "
+            'torch.compile would make a graph for each set of lengths; leave it away')
+
 def compile_pipeline(pipe):
     """torch.compile for a pipeline's network, for every size of batch, and its VAE's decoder."""
+    check_compiles(network_of(pipe))
     network_of(pipe).compile(fullgraph=True, dynamic=False)
     pipe.vae.decoder.compile(fullgraph=True, dynamic=False)
 
@@ -1782,6 +1789,8 @@ def parallel(net, device, shard=False, cpu_offload=False, compiled=False):
     """
     if net is None:
         return None
+    if compiled:
+        check_compiles(net)
     world, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     frozen = not trained(net)
     if not shard or frozen and world == 1:

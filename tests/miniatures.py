@@ -54,7 +54,7 @@ def zimage():
         dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
         axes_dims=(8, 8, 8))
     net.register_to_config(sample_size=8)
-    for token in net.x_pad_token, net.cap_pad_token:                           # zeros when it is new
+    for token in net.x_pad_token, net.cap_pad_token:                             # zeros as they are
         torch.nn.init.normal_(token)
     frame = 'user ' * 21
     words = tokenizer(frame + '. assistant')

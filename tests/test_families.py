@@ -698,9 +698,10 @@ def test_adapters_resume_bit_for_bit(trained, tmp_path):
     assert equal(weights(out, 4), weights(again, 4))
 
 def test_two_ranks_are_one_with_adapters(tmp_path):
-    """A flow, and adapters: SDXL's are in stage 2's test of ranks."""
+    """A flow, adapters, and Z-Image's lists of texts; SDXL's are in stage 2's test of ranks."""
     one, two = tmp_path / 'one', tmp_path / 'two'
-    command = [*STAGE_1['sd3'][:-1], 2, '--save_every', 1]
+    command = [*STAGE_1['sd3'][:-1], 2, '--save_every', 1, '--model', family('zimage').name,
+               '--lora', 4]
     run(one, *command)
     done = start(*command, '--micro', 1, '--out', two, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -319,8 +319,8 @@ def test_its_steps_are_shifted_by_the_number_of_tokens(base):
         assert torch.allclose(schedule.steps(4), scheduler.timesteps, atol=1e-3)
 
 def test_every_script_takes_it(base, name, tmp_path, monkeypatch):
-    """Both GANs, all weights, saved adapters, which plain diffusers draws with by the card's lines, sampling,
-    merging, evaluation, rewards of pictures; no latent reward."""
+    """Both GANs, all weights, saved adapters, which plain diffusers draws with by the card's lines,
+    sampling, merging, evaluation, rewards of pictures; no latent reward, no --compile of one."""
     out = tmp_path / 'run'
     said = run(out, 'train_stage1.py', '--recipe', 'toy-sd3', '--model', base.name, '--cfg', 4,
                '--lora', 4, '--grad_checkpointing', *SHORT)
@@ -358,5 +358,8 @@ def test_every_script_takes_it(base, name, tmp_path, monkeypatch):
     stage_2 = ['train_stage2.py', '--init', out, *SHORT, '--eval_every', 0]
     run(tmp_path / 'two', *stage_2, '--reward', 'pickscore')
     assert 'rl/loss' in rows(tmp_path / 'two')[-1]
+    for script in (['sample.py', '--ckpt', out], stage_2) if name == 'zimage' else ():
+        done = refused(*script, '--compile', '--out', tmp_path / 'none')
+        assert done.returncode == 2 and 'a graph for each set of lengths' in done.stderr
     done = refused(*stage_2, '--reward', 'latent', '--lrm', 'assets/toy/lrm_sd3', '--out', tmp_path)
     assert done.returncode == 2 and '--reward pickscore reads pictures' in done.stderr
