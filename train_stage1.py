@@ -89,7 +89,7 @@ flag('--out', help='folder of the run; the same command resumes. Default: out/st
 # -- flags of the distillation ---------------------------------------------------------------------
 yes_no = argparse.BooleanOptionalAction
 flag = p.add_argument_group('models').add_argument
-flag('--model', help='teacher: a pipeline of a family in model.py, folder or hub id')
+flag('--model', help='teacher: an SDXL, SD3, Qwen-Image or Z-Image pipeline, folder or hub id')
 flag('--base_lora', nargs='+', default=[], metavar=('FILE', 'weight'),
      help='LoRA to merge into the teacher before anything else, at this weight; none: 1')
 flag('--t5', action=yes_no, help="SD3's third text encoder; neither: as the pipeline has it")
