@@ -13,7 +13,7 @@ prompts and noise that no setting was chosen on. A claim is a difference of two 
 training seeds with its standard error. Shown: the 95 % interval by Student's t, which is wide for
 few seeds (3: 4.3 standard errors, 5: 2.8), lies on the claim's side.
 Killed at any moment, the same command goes on. Tables go into assets/results.md between two marks,
-a picture for each claim beside it, evidence-CLAIM.jpg.
+a picture for each claim beside it, evidence-CLAIM.png.
 """
 
 import itertools
@@ -119,9 +119,9 @@ def by(metrics, words, *sides):
 UNSEEN = 'cmmd', 'spectrum', 'margin'                          # by a reward of PickScore
 CLAIMS = {
     'papers': [
+        *by(['pickscore'], 'ReFL raises its reward', 'refl, 60', 'shipped'),
         *by(UNSEEN, 'DMDR: ReFL joint is better than alone', 'refl, 60', 'refl alone, 60'),
         *by(UNSEEN, 'DMDR: GRPO joint is better than alone', 'grpo, 60', 'grpo alone, 60'),
-        *by(['pickscore'], 'ReFL raises its reward', 'refl, 60', 'shipped'),
         *by(['pickscore'], 'ReFL raises it more than GRPO', 'refl, 60', 'grpo, 60'),
         *by(['pickscore'], 'GRPO raises its reward', 'grpo, 60', 'shipped'),
         *by(['pickscore'], 'and more than DM alone does', 'grpo, 60', 'DM alone, 60'),
@@ -129,10 +129,10 @@ CLAIMS = {
         *by(['pickscore', 'cmmd'], 'than a random D', 'advdmd, 60', 'advdmd, random D, 60'),
         *by(['pickscore', 'cmmd'], "than Flash-DMD's pairs", 'advdmd, 60', 'pairs, 60')],
     'hacking': [
-        *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
-        *by(['cmmd', 'spectrum'], 'and harms no other measure', 'joint', 'shipped'),
         *by(['pickscore', 'cmmd', 'spectrum', 'margin'],
             'RL alone, five times as hard, hacks; joint does not', 'joint, x 5', 'alone, x 5'),
+        *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
+        *by(['cmmd', 'spectrum'], 'and harms no other measure', 'joint', 'shipped'),
         *by(['pickscore', 'cmmd', 'spectrum'], 'without the pixel GAN joint RL is worse', 'joint',
             'joint, no gan')],
     'noise': [
@@ -354,33 +354,40 @@ def page():
             [x['cell'], x['flags'], *(f'{x[key]:{METRICS[key][1]}}'
                                       for key in ('pickscore', 'cmmd', 'spectrum'))]
             for x in trials))
+    for name in CLAIMS:
+        sheet = (ROOT / args.results).with_name(f'evidence-{slug(name)}.png')
+        if sheet.exists():
+            left, right = (side for side, _ in CLAIMS[name][0].sides)
+            lines += ['', f'![{left}, over {right}]({sheet.name})', '', f'{left}, over {right}.']
     return [*lines, '', END]
 
 BEGIN, END = '<!-- tests/evidence.py writes from here -->', '<!-- to here -->'
 
+def draw(name, sheet):
+    """Both sides of a claim's first row, the same prompts and noise, as far as they are there."""
+    sides = [student(side, 0, it) for side, it in CLAIMS[name][0].sides]
+    if not all(side.exists() for side in sides):
+        return
+    rows = []
+    for side in sides:
+        picture = work / f'{side.name}.png'
+        run('sample.py', '--ckpt', side, '--n', 8, '--seed', 77, '--out', picture)
+        rows.append(Image.open(picture).convert('RGB'))
+    both = Image.new('RGB', (rows[0].width, sum(row.height for row in rows)), 'white')
+    for k, row in enumerate(rows):
+        both.paste(row, (0, k * rows[0].height))
+    both.save(sheet)
+
 def write():
-    """Puts the tables between the marks of the results' page, or at its end; draws the pictures."""
+    """Draws the pictures; puts the tables between the marks of the results' page, or at its end."""
     file = ROOT / args.results
+    for name in args.only:
+        draw(name, file.with_name(f'evidence-{slug(name)}.png'))
     before, _, rest = file.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     with m.replacing(file) as tmp:
         tmp.write_text(before.rstrip('\n') + '\n\n' + '\n'.join(page()) + (after or '\n'))
     print(file)
-    for name in args.only:
-        sheet = file.with_name(f'evidence-{slug(name)}.jpg')
-        sides = [student(side, 0, it) for side, it in CLAIMS[name][0].sides]
-        if not all(side.exists() for side in sides):
-            continue
-        rows = []
-        for side in sides:
-            picture = work / f'{side.name}.png'
-            run('sample.py', '--ckpt', side, '--n', 8, '--seed', 77, '--out', picture)
-            rows.append(Image.open(picture).convert('RGB'))
-        both = Image.new('RGB', (rows[0].width, sum(row.height for row in rows)), 'white')
-        for k, row in enumerate(rows):
-            both.paste(row, (0, k * rows[0].height))
-        both.save(sheet, quality=90)
-        print(sheet)
 
 # --------------------------------------------------------------------------------------------------
 
