@@ -105,7 +105,8 @@ ROWS = {
     'teacher, 4 steps, trailing': ['--pipeline', 'TRAILING', '--teacher_steps', '4'],
 }
 FIVE_SEEDS = 'flash', 'dmd2'                                                   # the headline pair
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}      # standard errors of a 95 % interval, by seeds
+# standard errors of a 95 % interval, by the number of seeds
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 def claim(words, metric, better, other):
     """better and other: a cell, or (cell, iteration)."""
@@ -321,7 +322,7 @@ def page():
     lines = [BEGIN, '', '`python tests/evidence.py`: 1,024 prompts, the same noise in every row, '
              '2,048 real pictures, none of which a setting was chosen on. Mean over training seeds '
              '(its standard error). Differences are of runs with the same seed, positive where the '
-             'side named first is better. Shown, opposite: its 95 % interval by Student\'s t has one '
+             "side named first is better. Shown, opposite: its 95 % interval by Student's t has one "
              'sign.']
     rows = filter(None, (verdict(c) for name in CLAIMS for c in CLAIMS[name]))
     lines += table(['claim', 'by', 'its side', 'the other', 'difference', 'seeds', ''], rows)
