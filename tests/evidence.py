@@ -322,8 +322,8 @@ def page():
     lines = [BEGIN, '', '`python tests/evidence.py`: 1,024 prompts, the same noise in every row, '
              '2,048 real pictures, none of which a setting was chosen on. Mean over training seeds '
              '(its standard error). Differences are of runs with the same seed, positive where the '
-             "side named first is better. Shown, opposite: its 95 % interval by Student's t has one "
-             'sign.']
+             "side named first is better. Shown, opposite: its 95 % interval by Student's t has "
+             'one sign.']
     rows = filter(None, (verdict(c) for name in CLAIMS for c in CLAIMS[name]))
     lines += table(['claim', 'by', 'its side', 'the other', 'difference', 'seeds', ''], rows)
     rows = []
