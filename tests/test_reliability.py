@@ -393,6 +393,8 @@ def test_sigterm_saves_and_four_ranks_go_on(one, tmp_path):
 def test_ctrl_c(ranks, tmp_path):
     """Before the first iteration one sentence, amid one it is what SIGTERM is, and a second ends at
     once; torchrun has a traceback of its own, and repeats the first to its ranks."""
+    # a shell's background job ignores Ctrl-C, and so would all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out, slow = tmp_path / 'run', tmp_path / 'slow'
     script = hooked(tmp_path, f'''
 def meets(it, normals):
