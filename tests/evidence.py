@@ -8,12 +8,12 @@ Evidence: what the papers claim, and what the miniature shows of it.
     python tests/evidence.py --tune flash dmd2     # trials, on other prompts and another seed
     python tests/evidence.py --leaderboard         # CPU seconds to the scores of GOAL
 
-A cell is a run of a training script as a user types it, scored by evaluate.py on 1,024 fixed
-prompts and noise that no setting was chosen on. A claim is a difference of two cells: its mean over
-training seeds with its standard error. Shown: the 95 % interval by Student's t, which is wide for
-few seeds (3: 4.3 standard errors, 5: 2.8), lies on the claim's side.
-Killed at any moment, the same command goes on. Tables go into assets/results.md between two marks,
-a picture for each claim beside it, evidence-CLAIM.png.
+A cell is a run of a training script as a user types it, scored by evaluate.py on 1,024 prompts
+drawn anew and the same noise. A claim is a difference of two cells: its mean over training seeds
+with its standard error. Shown: the 95 % interval by Student's t, which is wide for few seeds
+(3: 4.3 standard errors, 5: 2.8), lies on the claim's side. Killed at any moment, the same command
+goes on. Tables go into assets/results.md between two marks, a picture for each claim beside it,
+evidence-CLAIM.png.
 """
 
 import itertools
@@ -319,11 +319,11 @@ def conflict():
 
 def page():
     """The section of the results' page, as lines."""
-    lines = [BEGIN, '', '`python tests/evidence.py`: 1,024 prompts, the same noise in every row, '
-             '2,048 real pictures, none of which a setting was chosen on. Mean over training seeds '
-             '(its standard error). Differences are of runs with the same seed, positive where the '
-             "side named first is better. Shown, opposite: its 95 % interval by Student's t has "
-             'one sign.']
+    lines = [BEGIN, '', '`python tests/evidence.py`: 1,024 prompts and 2,048 real pictures, drawn '
+             'anew (`make_toy.py --only data --seed 1`), and the same noise in every row. Mean '
+             'over training seeds (its standard error). Differences are of runs with the same '
+             'seed, positive where the side named first is better. Shown, opposite: the 95 % '
+             "interval by Student's t has one sign."]
     rows = filter(None, (verdict(c) for name in CLAIMS for c in CLAIMS[name]))
     lines += table(['claim', 'by', 'its side', 'the other', 'difference', 'seeds', ''], rows)
     rows = []
@@ -343,7 +343,7 @@ def page():
         if its[-1] and any(known(name, it) for it in its)))
     lines += ['', 'Those of train_stage2.py with `--init '
               f'{SHIPPED} --eval_every 0`, the shipped student; all with `--sample_every 0 --seed '
-              'N`. CPU s: of training, all threads.']
+              'N --workers 1`. CPU s: of training, all threads.']
     if conflict():
         lines += ['', 'Cosine between the gradients of DM and of the pixel GAN at one and the same '
                   'sample of the student (cell +A+B, all logged iterations):']
