@@ -473,13 +473,13 @@ for it in range(start, args.iters + 1):
 
     # -- one distillation: fake score and discriminator --------------------------------------------
     for b in batches:
-            # 4. the fake score learns the student's samples, eq. 6
+        # 4. the fake score learns the student's samples, eq. 6
         x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
         target = schedule.target(b.x0, b.eps_fake, b.t_fake)
         L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
         log('fake', L)
 
-            # 5. the discriminator tells real from generated, eq. 8
+        # 5. the discriminator tells real from generated, eq. 8
         if gan:
             real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
             eps = torch.cat([b.eps_real, b.eps_made])

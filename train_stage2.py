@@ -753,11 +753,11 @@ for it in range(start, args.iters + 1):
                 r = reward(z.flatten(0, 1), t_next.expand(len(each)), each).view(z.shape[:2])
                 w = z[torch.arange(len(z)), r.argmax(1)]                            # (b, C, h, w)
                 l = z[torch.arange(len(z)), r.argmin(1)]
-                    # a group with a NaN among its rewards teaches nothing
+                # a group with a NaN among its rewards teaches nothing
                 sound = r.isfinite().all(1)
 
-                # eq. 12-13: H = log p(w) / p_ref(w) - log p(l) / p_ref(l). Both have the mean a x0,
-                # so the squares cancel and what is left is linear in x0
+            # eq. 12-13: H = log p(w) / p_ref(w) - log p(l) / p_ref(l). Both have the mean a x0,
+            # so the squares cancel and what is left is linear in x0
             H = (a * (x0 - x_ref) * (w - l) / sigma ** 2).mean((1, 2, 3))           # (b,), 0 first
             if args.clamp:
                 least, most = math.log(1 - args.clamp), math.log(1 + args.clamp)
@@ -876,13 +876,13 @@ for it in range(start, args.iters + 1):
 
     # -- one distillation: fake score and discriminator --------------------------------------------
     for b in batches:
-            # 4. the fake score learns the student's samples, eq. 6
+        # 4. the fake score learns the student's samples, eq. 6
         x_t = schedule.noised(b.x0, b.eps_fake, b.t_fake)
         target = schedule.target(b.x0, b.eps_fake, b.t_fake)
         L = F.mse_loss(base.predict(fake, x_t, b.t_fake, b.y), target)
         log('fake', L)
 
-            # 5. the discriminator tells real from generated, eq. 8
+        # 5. the discriminator tells real from generated, eq. 8
         if gan:
             real = crop(b.real, it) if args.gan == 'pixel' else base.latents(b.real)
             eps = torch.cat([b.eps_real, b.eps_made])

@@ -12,8 +12,9 @@ A cell is a run of a training script as a user types it, scored by evaluate.py o
 drawn anew and the same noise. A claim is a difference of two cells: its mean over training seeds
 with its standard error. Shown: the 95 % interval by Student's t, which is wide for few seeds
 (3: 4.3 standard errors, 5: 2.8), lies on the claim's side. Killed at any moment, the same command
-goes on. Tables go into assets/results.md between two marks, a picture for each claim beside it,
-evidence-CLAIM.png.
+goes on. Tables go into assets/results.md between two marks; beside it evidence.json has every
+cell's scores, which another machine's run of the rest adds to, and evidence-CLAIM.png a picture for
+each claim.
 """
 
 import itertools
@@ -46,7 +47,7 @@ LOWER = 'cmmd', 'spectrum'                                                      
 # the fake score; it updates the student as well, but with --ttur N one in N does
 
 ONE, TWO = 'train_stage1.py', 'train_stage2.py'
-SHIPPED, TOY = 'assets/toy/student', 'assets/toy/sdxl'
+SHIPPED, TOY, TOY_SD3 = 'assets/toy/student', 'assets/toy/sdxl', 'assets/toy/sd3'
 FLASH = ['--recipe', 'toy']
 PIXEL = ['--gan', 'pixel', '--gan_weight', '.1']
 DMD2 = ['--recipe', 'toy-dmd2']
@@ -57,6 +58,9 @@ GRPO = ['--rl', 'grpo', *PICTURES]
 ADVDMD = ['--rl', 'grpo', '--reward', 'discriminator', '--ttur', '1']
 ALONE = ['--no-joint', '--gan', 'none']
 SHORT = ['--warmup', '5']                                      # 60 updates of the student
+# every second update is one of preferences at learning rate 0
+DM_ALONE = [*SHORT, '--gan', 'none', '--rl_ratio', '1', '--rl_lr', '0']
+SD3 = ['--recipe', 'toy-sd3']
 FLAT = ['--cooldown', '0']                                     # of a curve
 CELLS = {
     'untrained': (ONE, [*FLASH, '--student_lr', '0'], [1]),
@@ -95,16 +99,25 @@ CELLS = {
     'grpo alone, 60': (TWO, [*SHORT, *GRPO, '--no-joint'], [60]),
     'advdmd, 60': (TWO, [*SHORT, *ADVDMD], [90]),
     'advdmd, random D, 60': (TWO, [*SHORT, *ADVDMD, '--heads_lr', '0'], [90]),
-    # every second update is one of preferences at learning rate 0
-    'DM alone, 60': (TWO, [*SHORT, '--gan', 'none', '--rl_ratio', '1', '--rl_lr', '0'], [150]),
+    'advdmd alone, 60': (TWO, [*SHORT, *ADVDMD, '--no-joint'], [60]),
+    'DM alone, 60': (TWO, DM_ALONE, [150]),
+    # on the toy SD3, from the student of the first; the pairs' reward is PickScore as well
+    'sd3': (ONE, SD3, [300]),
+    'sd3 pairs, 60': (TWO, [*SD3, *SHORT], [90]),
+    'sd3 refl, 60': (TWO, [*SD3, *SHORT, *REFL], [90]),
+    'sd3 grpo, 60': (TWO, [*SD3, *SHORT, *GRPO], [90]),
+    'sd3 advdmd, 60': (TWO, [*SD3, *SHORT, *ADVDMD], [90]),
+    'sd3 DM alone, 60': (TWO, [*SD3, *DM_ALONE], [150]),
 }
 # rows that no training seed changes: flags of evaluate.py
 ROWS = {
     'teacher, 50 steps': ['--pipeline', TOY, '--teacher_steps', '50'],
     'teacher, 4 steps': ['--pipeline', TOY, '--teacher_steps', '4'],
     'teacher, 4 steps, trailing': ['--pipeline', 'TRAILING', '--teacher_steps', '4'],
+    'sd3 teacher, 28 steps': ['--pipeline', TOY_SD3, '--teacher_steps', '28'],
 }
 FIVE_SEEDS = 'flash', 'dmd2'                                                   # the headline pair
+ONE_SEED = 'untrained', 'shipped', 'sd3'                                 # where other cells begin
 # standard errors of a 95 % interval, by the number of seeds
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
@@ -128,7 +141,21 @@ CLAIMS = {
         *by(['pickscore'], 'and more than DM alone does', 'grpo, 60', 'DM alone, 60'),
         *by(['pickscore', 'cmmd'], 'AdvDMD is better than DM alone', 'advdmd, 60', 'DM alone, 60'),
         *by(['pickscore', 'cmmd'], 'than a random D', 'advdmd, 60', 'advdmd, random D, 60'),
-        *by(['pickscore', 'cmmd'], "than Flash-DMD's pairs", 'advdmd, 60', 'pairs, 60')],
+        *by(['pickscore', 'cmmd'], "than Flash-DMD's pairs", 'advdmd, 60', 'pairs, 60'),
+        *by(['pickscore', 'cmmd'], 'AdvDMD joint is better than alone', 'advdmd, 60',
+            'advdmd alone, 60'),
+        *by(['pickscore', 'cmmd'], "Flash-DMD's pairs joint are better than alone", 'pairs, 60',
+            'pairs alone, 60')],
+    'papers on sd3': [
+        *by(['pickscore'], 'ReFL raises its reward', 'sd3 refl, 60', 'sd3'),
+        *by(['pickscore'], 'and more than DM alone does', 'sd3 refl, 60', 'sd3 DM alone, 60'),
+        *by(UNSEEN, 'and harms no other measure', 'sd3 refl, 60', 'sd3 DM alone, 60'),
+        *by(['pickscore'], 'GRPO raises its reward', 'sd3 grpo, 60', 'sd3'),
+        *by(['pickscore'], 'and more than DM alone does', 'sd3 grpo, 60', 'sd3 DM alone, 60'),
+        *by(['pickscore'], 'Pairs raise their reward', 'sd3 pairs, 60', 'sd3'),
+        *by(['pickscore'], 'and more than DM alone does', 'sd3 pairs, 60', 'sd3 DM alone, 60'),
+        *by(['pickscore', 'cmmd'], 'AdvDMD is better than DM alone', 'sd3 advdmd, 60',
+            'sd3 DM alone, 60')],
     'hacking': [
         *by(['pickscore', 'cmmd', 'spectrum', 'margin'],
             'RL alone, five times as hard, hacks; joint does not', 'joint, x 5', 'alone, x 5'),
@@ -217,6 +244,8 @@ def train(name, seed, more=(), label=None):
     label = label or name
     out, spent = work / 'runs' / slug(label, seed), 0.
     start = ['--init', SHIPPED, '--eval_every', 0] if script == TWO else []
+    if script == TWO and SD3[1] in flags:
+        start[1] = student('sd3', 0, 300)
     for it in its:
         file = kept(label, seed, it)
         if not file.exists():
@@ -227,18 +256,19 @@ def train(name, seed, more=(), label=None):
                 folder.parent.mkdir(exist_ok=True)
                 with m.replacing(folder) as tmp:
                     shutil.copytree(out / 'student', tmp)
-            keep(file, cpu=spent)
+            keep(file, cpu=spent, commit=m.commit()[:9], cosine=cosines(out / 'log.jsonl'))
             print(f'{label}, seed {seed}, {it} iterations: {spent:.0f} CPU s', flush=True)
         spent = json.loads(file.read_text())['cpu']
     for state in out.glob('state-*'):
         m.remove(state)
 
-def evaluated(of, prompts, n, *rows):
-    """[{metric: value}] of evaluate.py's rows, which are made by the flags `rows`."""
+def evaluated(of, prompts, n, *rows, base=TOY):
+    """[{metric: value}] of evaluate.py's rows, which are made by the flags `rows`; base: the
+    teacher's pipeline."""
     file = work / f'evaluate-{of}.json'
     file.unlink(missing_ok=True)
     run('evaluate.py', '--recipe', 'toy', '--prompts', prompts, '--n', n, '--n_real', 2048,
-        '--real', data, '--real_files', 'test.parquet', '--real_vae', TOY, '--seed', 77, '--batch',
+        '--real', data, '--real_files', 'test.parquet', '--real_vae', base, '--seed', 77, '--batch',
         32, '--out', file, *rows, '--metrics', *METRICS)
     found = json.loads(file.read_text())['rows']
     return [{key: row[key]['value'] for key in METRICS} for row in found.values()]
@@ -247,13 +277,17 @@ def score(wanted, of=0):
     """Scores cells, [(name, seed, it)], those that are not: one call, one look at real pictures."""
     wanted = [x for x in wanted if kept(*x).exists() and
               'pickscore' not in json.loads(kept(*x).read_text())]
-    if wanted:
-        found = evaluated(of, data / 'prompts.txt', 1024, '--ckpt', *(student(*x) for x in wanted))
-        for x, values in zip(wanted, found, strict=True):
+    for base in TOY, TOY_SD3:
+        own = [x for x in wanted if (base == TOY_SD3) == (SD3[1] in CELLS[x[0]][1])]
+        students = [student(*x) for x in own]
+        found = []
+        if own:
+            found = evaluated(of, data / 'prompts.txt', 1024, '--ckpt', *students, base=base)
+        for x, values in zip(own, found, strict=True):
             keep(kept(*x), **values)
 
 def seeds_of(name):
-    if name in ('untrained', 'shipped'):
+    if name in ONE_SEED:
         return [0]
     return range(args.seeds + (name in FIVE_SEEDS and args.seeds > 3))
 
@@ -264,15 +298,23 @@ def cells(names):
 # --------------------------------------------------------------------------------------------------
 # tables
 
+everything = {}                                                # what read_all() found
+
+def read_all():
+    """{file's name: values} of all that is scored, of cells and trials: by evidence.json beside the
+    results' page and, in its place, by --work."""
+    file = (ROOT / args.results).with_name('evidence.json')
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for own in [*work.glob('scores/*.json'), *work.glob('trials/*.json')]:
+        row = json.loads(own.read_text())
+        if 'pickscore' in row:
+            found[own.stem] = row
+    return dict(sorted(found.items()))
+
 def known(name, it):
     """{seed: {metric: value}} of what is scored."""
-    found = {}
-    for seed in range(100):
-        file = kept(name, seed, it)
-        row = json.loads(file.read_text()) if file.exists() else {}
-        if 'pickscore' in row:
-            found[seed] = row
-    return found
+    files = {seed: kept(name, seed, it).stem for seed in range(100)}
+    return {seed: everything[file] for seed, file in files.items() if file in everything}
 
 def spread(values):
     """Mean and the standard error of the mean, which one value has not."""
@@ -287,7 +329,7 @@ def verdict(c):
     """A claim's row: both values, the difference with its standard error, and what it shows."""
     left, right = (known(*side) for side in c.sides)
     title, form = METRICS[c.metric]
-    if len(right) == 1 and CELLS[c.sides[1][0]][2] == [0]:                # where all seeds began
+    if len(right) == 1 and c.sides[1][0] in ONE_SEED:
         right = dict.fromkeys(left, right[0])
     seeds = left.keys() & right.keys()
     if not seeds:
@@ -306,16 +348,23 @@ def verdict(c):
 def table(head, rows):
     return ['', *('| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rows))]
 
-def conflict():
-    """Cosine between the gradients of DM and GAN at one sample, by step, over the seeds' runs."""
+def cosines(log):
+    """{step: [mean, lowest, highest]} of a run's cosine between the gradients of DM and GAN."""
     found = {}
-    for log in sorted(work.glob(f'runs/{slug("+A+B")}-*/log.jsonl')):
-        for line in map(json.loads, log.read_text().splitlines()):
-            for key, value in line.items():
-                if key.startswith('grad/cos/'):
-                    found.setdefault(int(key.split('/')[-1]), []).append(value)
-    return [[str(t), f'{mean(values):+.3f}', f'{min(values):+.3f}', f'{max(values):+.3f}']
-            for t, values in sorted(found.items(), reverse=True)]
+    for line in map(json.loads, log.read_text().splitlines()):
+        for key, value in line.items():
+            if key.startswith('grad/cos/'):
+                found.setdefault(key.split('/')[-1], []).append(value)
+    return {t: [mean(values), min(values), max(values)] for t, values in found.items()}
+
+def conflict(name):
+    """The rows of a cell's cosines, by step, over its seeds."""
+    runs = [row.get('cosine', {}) for row in known(name, CELLS[name][2][-1]).values()]
+    rows = []
+    for t in sorted({t for run in runs for t in run}, key=int, reverse=True):
+        means, lowest, highest = zip(*(run[t] for run in runs))
+        rows.append([t, *(f'{x:+.3f}' for x in (mean(means), min(lowest), max(highest)))])
+    return rows
 
 def page():
     """The section of the results' page, as lines."""
@@ -342,13 +391,13 @@ def page():
         for name, (script, flags, its) in CELLS.items()
         if its[-1] and any(known(name, it) for it in its)))
     lines += ['', 'Those of train_stage2.py with `--init '
-              f'{SHIPPED} --eval_every 0`, the shipped student; all with `--sample_every 0 --seed '
-              'N --workers 1`. CPU s: of training, all threads.']
-    if conflict():
+              f'{SHIPPED} --eval_every 0`, the shipped student, of SD3 that of the cell sd3; all '
+              'with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all threads.']
+    if conflict('+A+B'):
         lines += ['', 'Cosine between the gradients of DM and of the pixel GAN at one and the same '
                   'sample of the student (cell +A+B, all logged iterations):']
-        lines += table(['step', 'mean', 'lowest', 'highest'], conflict())
-    trials = [json.loads(file.read_text()) for file in sorted(work.glob('trials/*.json'))]
+        lines += table(['step', 'mean', 'lowest', 'highest'], conflict('+A+B'))
+    trials = [row for row in everything.values() if 'cell' in row]
     if trials:
         lines += ['', 'Trials (`--tune`), seed 100, on the 256 prompts of assets/toy/data:']
         lines += table(['cell', 'flags', 'PickScore', 'CMMD', 'spectrum'], (
@@ -381,7 +430,11 @@ def draw(name, sheet):
 
 def write():
     """Draws the pictures; puts the tables between the marks of the results' page, or at its end."""
+    everything.update(read_all())
     file = ROOT / args.results
+    with m.replacing(file.with_name('evidence.json')) as tmp:
+        rows = (f'{json.dumps(key)}: {json.dumps(row)}' for key, row in everything.items())
+        tmp.write_text('{' + ',\n'.join(rows) + '}\n')
     for name in args.only:
         draw(name, file.with_name(f'evidence-{slug(name)}.png'))
     before, _, rest = file.read_text().partition(BEGIN)
@@ -434,7 +487,8 @@ elif not args.write:
     # one seed of everything first, so that the page has a row of each as early as can be
     for seed in range(args.seeds + 1):
         todo = [(name, seed) for name in jobs if seed in seeds_of(name)]
-        [*pool.map(lambda job: train(*job), todo)]
+        for first in True, False:
+            [*pool.map(lambda job: train(*job), [x for x in todo if (x[0] in ONE_SEED) == first])]
         found = [(name, seed, it) for name, seed in todo for it in CELLS[name][2]]
         share = [found[k::args.jobs] for k in range(args.jobs)]
         [*pool.map(score, share, range(args.jobs))]
@@ -442,7 +496,8 @@ elif not args.write:
     for name, flags in ROWS.items():
         if not kept(name, 0, 0).exists():
             flags = [trailing if x == 'TRAILING' else x for x in flags]
-            found, = evaluated(0, data / 'prompts.txt', 1024, *flags)
+            base = TOY_SD3 if TOY_SD3 in flags else TOY
+            found, = evaluated(0, data / 'prompts.txt', 1024, *flags, base=base)
             keep(kept(name, 0, 0), cpu=0, **found)
     write()
 else:
