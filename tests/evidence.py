@@ -256,7 +256,8 @@ def train(name, seed, more=(), label=None):
                 folder.parent.mkdir(exist_ok=True)
                 with m.replacing(folder) as tmp:
                     shutil.copytree(out / 'student', tmp)
-            keep(file, cpu=spent, commit=m.commit()[:9], cosine=cosines(out / 'log.jsonl'))
+            log = out / 'log.jsonl'
+            keep(file, cpu=spent, commit=m.commit()[:9], cosine=cosines(log) if it else {})
             print(f'{label}, seed {seed}, {it} iterations: {spent:.0f} CPU s', flush=True)
         spent = json.loads(file.read_text())['cpu']
     for state in out.glob('state-*'):
