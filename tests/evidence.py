@@ -12,9 +12,9 @@ A cell is a run of a training script as a user types it, scored by evaluate.py o
 drawn anew and the same noise. A claim is a difference of two cells: its mean over training seeds
 with its standard error. Shown: the 95 % interval by Student's t, which is wide for few seeds
 (3: 4.3 standard errors, 5: 2.8), lies on the claim's side. Killed at any moment, the same command
-goes on. Tables go into assets/results.md between two marks; beside it evidence.json has every
-cell's scores, which another machine's run of the rest adds to, and evidence-CLAIM.png a picture for
-each claim.
+goes on; a cell amid which it was begins anew. Tables go into assets/results.md between two marks;
+beside it evidence.json has every cell's scores, which another machine's run of the rest adds to,
+and evidence-CLAIM.png a picture for each claim.
 """
 
 import itertools
@@ -249,6 +249,8 @@ def train(name, seed, more=(), label=None):
     for it in its:
         file = kept(label, seed, it)
         if not file.exists():
+            if it == its[0]:                  # killed amid it: anew, as its CPU seconds are unknown
+                m.remove(out)
             if it:
                 spent += run(script, *flags, *more, *start, '--seed', seed, '--iters', it,
                              '--sample_every', 0, '--workers', 1, '--out', out)
