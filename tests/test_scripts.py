@@ -128,24 +128,27 @@ def test_the_loop_leaves_alone_what_functions_read(script):
 
 def test_what_evidence_calls_shown(tmp_path):
     """By Student's t over paired seeds, which 3.8 standard errors of three are not; lower is better
-    for a distance. The rest of the page stays, and what was written there before goes."""
-    page, scores = tmp_path / 'results.md', tmp_path / 'work/scores'
-    scores.mkdir(parents=True)
+    for a distance. The rest of the page stays, and what was written there before goes. Another
+    machine's work, the second here, adds to what the first one found."""
+    page, works = tmp_path / 'results.md', [tmp_path / 'work', tmp_path / 'other']
     values = dict(cmmd=.1, sharpness=9., margin=1., rprecision=.8, cpu=60.)
 
-    def put(cell, its, pickscore, spectrum):
+    def put(work, cell, its, pickscore, spectrum):
+        (work / 'scores').mkdir(parents=True, exist_ok=True)
         for seed, (p, s) in enumerate(zip(pickscore, spectrum)):
-            row = values | dict(pickscore=p, spectrum=s)
-            (scores / f'{cell}-{seed}-{its}.json').write_text(json.dumps(row))
+            row = values | dict(pickscore=p, spectrum=s, cosine={'249': [s, 0., 1.]})
+            (work / f'scores/{cell}-{seed}-{its}.json').write_text(json.dumps(row))
 
-    put('flash', 300, [.70, .71, .72], [.20, .21, .22])
-    put('dmd2', 900, [.69, .70, .705], [.25, .23, .25])
-    put('dm', 300, [.69], [.1])
-    put('shipped', 0, [.67], [.3])
-    put('joint', 330, [.66, .665, .662], [.3] * 3)
+    put(works[0], 'flash', 300, [.70, .71, .72], [.20, .21, .22])
+    put(works[0], 'dmd2', 900, [.69, .70, .9], [.25, .23, .25])
+    put(works[0], 'dm', 300, [.69], [.1])
+    put(works[1], 'dmd2', 900, [.69, .70, .705], [.25, .23, .25])
+    put(works[1], 'shipped', 0, [.67], [.3])
+    put(works[1], 'joint', 330, [.66, .665, .662], [.3] * 3)
+    put(works[1], '+A+B', 180, [.6, .7], [.1, .2])
     page.write_text('# Measured\n')
-    for _ in range(2):
-        well(inside('tests/evidence.py', '--write', '--work', tmp_path / 'work', '--results', page))
+    for work in works:
+        well(inside('tests/evidence.py', '--write', '--work', work, '--results', page))
         text = page.read_text()
         page.write_text(text + 'more\n')
     table = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('|')]
@@ -156,6 +159,7 @@ def test_what_evidence_calls_shown(tmp_path):
     assert said['DM alone is poor in texture', 'spectrum'] == ['-0.100', '1', 'one seed']
     raised = 'joint RL raises PickScore, which it does not see', 'PickScore'
     assert said[raised] == ['-0.0077 (0.0015)', '3', 'opposite']
+    assert ['249', '+0.150', '+0.000', '+1.000'] in table
     assert text.startswith('# Measured\n') and text.endswith('to here -->\nmore\n')
     assert text.count('writes from here') == 1
 
