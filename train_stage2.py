@@ -685,7 +685,7 @@ for it in range(start, args.iters + 1):
                 x = base.latents(rows['pixels'][j].to(device))
                 at_real = of_states([x] * S, eps[j, S:].to(device), rows['text'][j])
                 L_D = F.softplus(-at_real).mean() + F.softplus(r).mean()
-                (L_D / n).backward()
+                (1e-2 * L_D / n).backward()          # as in a distillation: one AdamW learns both
                 log('gan/d', L_D)
                 real.append(at_real.detach().cpu())
 
