@@ -215,6 +215,8 @@ p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     base_lora=origin.get('base_lora') or [],
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
+if p.parse_known_args()[0].gan != p.get_default('gan'):     # what was handed on is of another kind
+    p.set_defaults(gan_weight=5e-3 if chosen.gan == 'latent' else RECIPES[recipe]['gan_weight'])
 if chosen.rl == 'grpo':
     p.set_defaults(**GRPO)
 if chosen.reward == ['discriminator']:

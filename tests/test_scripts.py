@@ -127,7 +127,7 @@ def test_the_loop_leaves_alone_what_functions_read(script):
 # the tables of evidence
 
 def test_what_evidence_calls_shown(tmp_path):
-    """By Student's t over paired seeds, which 3.8 standard errors of three are not, nor 2.53 of six;
+    """By Student's t over paired seeds, which 3.8 standard errors of three are not, nor 2.5 of six;
     lower is better for a distance. The rest of the page stays, and what was written there before
     goes."""
     page, scores = tmp_path / 'results.md', tmp_path / 'work/scores'
@@ -761,8 +761,9 @@ def test_advdmd_on_two_ranks_is_one(adversarial, tmp_path):
         assert torch.allclose(two[name], one[name], atol=1e-3)
 
 def test_stage_2_goes_on_from_a_run(plain, tmp_path):
-    """With its networks, moments and settings, over which the command line goes; at learning rate 0
-    the student stays what it was, to the bit. sample.py finds the result."""
+    """With its networks, moments and settings, over which the command line goes, but for the weight
+    of a GAN of the other kind; at learning rate 0 the student stays what it was, to the bit.
+    sample.py finds the result."""
     init, out = tmp_path / 'init', tmp_path / 'run'
     init.mkdir()
     for name in ('student', 'state-0000004'):
@@ -789,6 +790,12 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
     assert {name: args[name] for name in handed} == {name: told[name] for name in handed}
     assert args['couple'] == .75
     assert '--cfg 2.5' in done.stdout.split('settings handed on:')[1].splitlines()[0]
+    for flags, weight in (
+            (['--gan', 'pixel'], .3), (['--gan', 'latent'], .005),
+            (['--gan', 'latent', '--gan_weight', .2], .2),
+            (['--reward', 'discriminator', '--gan', 'latent'], 0)):
+        page = refused(TWO, '--init', init, '--clamp', 1, *flags).page
+        assert page['args'].gan_weight == weight
     well(inside('sample.py', '--ckpt', out, '--n', 1, '--out', tmp_path / 'x.png'))
     assert Image.open(tmp_path / 'x.png').size[0] > 60
 
