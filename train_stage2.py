@@ -215,6 +215,8 @@ p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     base_lora=origin.get('base_lora') or [],
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
+if p.parse_known_args()[0].gan != p.get_default('gan'):     # what was handed on is of another kind
+    p.set_defaults(gan_weight=5e-3 if chosen.gan == 'latent' else RECIPES[recipe]['gan_weight'])
 if chosen.rl == 'grpo':
     p.set_defaults(**GRPO)
 if chosen.reward == ['discriminator']:
@@ -685,7 +687,7 @@ for it in range(start, args.iters + 1):
                 x = base.latents(rows['pixels'][j].to(device))
                 at_real = of_states([x] * S, eps[j, S:].to(device), rows['text'][j])
                 L_D = F.softplus(-at_real).mean() + F.softplus(r).mean()
-                (L_D / n).backward()
+                (1e-2 * L_D / n).backward()          # as in a distillation: one AdamW learns both
                 log('gan/d', L_D)
                 real.append(at_real.detach().cpu())
 
