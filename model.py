@@ -1941,6 +1941,13 @@ def gigabytes(args, world, here, cuda):
     # weights, gradients and two moments, fp32, of student and fake score; autocast's bf16 copy
     main = 16 / spread * sum(w for w in (own, fake) if w == net)
     trained = 16 * sum(w for w in (own, fake) if w != net)
+    # preference updates have moments of their own
+    rl = hasattr(args, 'rl_ratio') and not (args.rl == 'refl' and args.joint)
+    own_moments = 8 * own if rl else 0
+    if own == net:
+        main += own_moments / spread
+    else:
+        trained += own_moments
     if not args.cpu_offload:
         trained, main = trained + main, 0
     if not args.lora and counted:
@@ -1960,7 +1967,7 @@ def gigabytes(args, world, here, cuda):
         activations = max(each * args.micro, learnt, size.look + .4 * args.micro) * few / 2
         if args.offload:                                  # they are here while they encode
             activations = max(activations, few * texts / 1e9)
-    state = 12 * (own + fake + heads)
+    state = 12 * (own + fake + heads) + own_moments
     saved = dict(float32=4).get(args.save_dtype, 2)
     student = saved * (own if args.lora else net + texts + vae)
     return dict(frozen=frozen / 1e9, trained=trained / 1e9, activations=activations,
@@ -2054,11 +2061,16 @@ def pieces(weights, opts):
     """{key: tensor} of what this rank is to write: of sharded tensors its share, if it is not
     another machine's repetition, and of whole ones about as much as every other rank."""
     found, held = {}, [0] * dist.get_world_size()
+    seen = set()                                # weights that have two optimisers are written once
     for net, named in weights.items():
         moments = opts[net].state if net in opts else {}
         for name, w in named.items():
             first, _ = rows(w)
-            for kind, value in (dict(weight=w) | moments.get(w, {})).items():
+            kinds = moments.get(w, {})
+            if id(w) not in seen:
+                kinds = dict(weight=w) | kinds
+            seen.add(id(w))
+            for kind, value in kinds.items():
                 if isinstance(value, DTensor):
                     mine = not any(value.device_mesh.get_coordinate()[:-1])
                 else:
@@ -2228,14 +2240,18 @@ def load_state(state, weights, opts, partly=False):
         if partly:                                   # another kind of discriminator, adapters
             found = {net: kinds for net, kinds in found.items()
                      if net in weights and kinds.keys() == weights[net].keys()}
+        seen = set()
         for net, named in weights.items():
             if partly and net not in found:
                 continue
-            assert found[net].keys() == named.keys(), f'it has other weights of {net}'
+            once = seen.isdisjoint(map(id, named.values()))        # else another net's, and moments
+            assert not once or found[net].keys() == named.keys(), f'it has other weights of {net}'
             moments = {}
             for i, (name, w) in enumerate(named.items()):
-                kinds = found[net][name]
-                fill(w, kinds.pop('weight'), name)
+                kinds = found.get(net, {}).get(name, {})
+                if once:
+                    fill(w, kinds.pop('weight'), name)
+                seen.add(id(w))
                 if kinds:
                     moments[i] = {kind: torch.zeros_like(w) for kind in kinds if kind != 'step'}
                     moments[i]['step'] = torch.zeros(())

@@ -1,6 +1,6 @@
 """
 Flash-DMD, stage 2 (arXiv 2511.20549, eq. 12-13): the distillation of stage 1 goes on, in the same
-lines, and after each of its iterations come --rl_ratio preference updates of the student on noisy
+lines, and after each of its updates of the student come --rl_ratio preference updates on noisy
 latents. One preference update, --rl pairs:
 
     z_s          the student's input at a high-noise step s, by backward simulation; x0 = G(z_s)
@@ -175,7 +175,7 @@ flag('--reward_weight', type=float, nargs='+', default=[1.], help='one for each 
 flag('--goal', type=float, default=.7, help='refl: a reward, as a cosine, above it is enough')
 flag('--lrm', help='latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder')
 flag('--joint', action=yes_no, default=True, help='distil as well; no: preference updates only')
-flag('--rl_ratio', type=int, default=5, help='preference updates after each distillation iteration')
+flag('--rl_ratio', type=int, default=5, help='preference updates for one update by distillation')
 flag('--rl_steps', choices=['high', 'all'], default='high',
      help='steps s that get them: those that lead to a high-noise step, or all but the last')
 flag('--rl_lr', type=float, help="the student's learning rate in preference updates")
@@ -348,6 +348,12 @@ inherited = m.load_state(inherited, weights, opts, partly=True)
 if 'student' not in inherited:
     m.restore_student(base, nets['student'], folder, lora)
 reference = m.frozen_copy(base, nets['student'], args.compile)
+# preference updates have moments of their own: their gradients, up to 50 times those of DM, would
+# drown them in one AdamW
+weights['rl'] = weights['student']
+rates['rl'] = args.rl_lr
+opts['rl'] = torch.optim.AdamW(
+    weights['rl'].values(), lr=args.rl_lr, betas=(.9, .999), weight_decay=.01, fused=True)
 adversarial = args.rl == 'grpo' and 'discriminator' in args.reward
 if adversarial:              # D's last logits at each level, saved with the state; inf: none as yet
     weights['logits'] = {x: torch.full((args.steps, 512), math.inf) for x in ('real', 'made')}
@@ -374,18 +380,20 @@ if args.rl == 'refl':
 if not rl_steps:
     m.die(f'--rl_steps {args.rl_steps}: none of the steps {steps.long().tolist()} leads to a '
           'high-noise step; use --rl_steps all or more --steps')
-# iterations: fake score and discriminator alone where they are new, then cycles of one distillation
-# and rl_ratio preference updates
+# iterations: fake score and discriminator alone where they are new, then cycles of --ttur
+# distillations, one of which updates the student, and rl_ratio preference updates
 new = [name for name in ('fake', 'heads') if name in nets and name not in inherited]
 alone = args.critic_warmup if new and args.joint else 0
-rl = [it >= alone and (it - alone) % (args.rl_ratio + 1) > 0 for it in range(args.iters)]
+cycle = args.ttur + args.rl_ratio
+rl = [it >= alone and (it - alone) % cycle >= args.ttur for it in range(args.iters)]
 if adversarial:
     # AdvDMD begins with DM: policy updates from a quarter of the run, --rl_ratio of them from half
     ratios = [args.rl_ratio * min(max(4 * it / args.iters - 1, 0), 1) for it in range(args.iters)]
-    due = [int(x) for x in itertools.accumulate(ratio / (1 + ratio) for ratio in ratios)]
+    shares = [ratio / (args.ttur + ratio) for ratio in ratios]
+    due = [int(x) for x in itertools.accumulate(shares)]
     rl = [it >= alone and due[it] > due[it - 1] for it in range(args.iters)]
-    if args.check:
-        rl[-1] = True
+if args.check:
+    rl[-1] = True
 
 def distils(it):
     return args.joint and (args.rl == 'refl' or not rl[it])
@@ -656,9 +664,8 @@ for it in range(start, args.iters + 1):
         break
 
     for name, opt in opts.items():
-        rate = rates[name] if name != 'student' or distils(it) else args.rl_lr
         for group in opt.param_groups:
-            group['lr'] = rate * warmed(it)
+            group['lr'] = rates[name] * warmed(it)
 
     if not distils(it) and args.rl == 'grpo':
         # K rollouts of a prompt from one z_0: sample i has those of the first in its group
@@ -722,8 +729,9 @@ for it in range(start, args.iters + 1):
                     L = L.maximum(-inside * gain[:, k])
                 (L.mean() / (n * len(rl_steps))).backward()
                 log('rl/ratio', ratio.mean())
-        for name in ['student', 'heads'] if adversarial else ['student']:
-            norms.append(m.update(opts[name], nets[name]))
+        norms.append(m.update(opts['rl'], nets['student']))
+        if adversarial:
+            norms.append(m.update(opts['heads'], nets['heads']))
         log('rl/advantage', to_go.abs().mean())
         log('reward/states', r.nanmean())
         log.count(it, norms)
@@ -773,7 +781,7 @@ for it in range(start, args.iters + 1):
             log('rl/unsound', (~sound).float().mean())
             log('rl/gap', (r.amax(1) - r.amin(1)).mean())
             log(f'reward/{int(steps[s])}', r.mean())
-        norms = [m.update(opts['student'], nets['student'])]
+        norms = [m.update(opts['rl'], nets['student'])]
         log.count(it, norms)
         log.write(it + 1)
         continue

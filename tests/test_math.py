@@ -307,7 +307,7 @@ def iteration(script, out, it, nets, *flags):
     assert done.returncode == 0, done.stderr
     row, = rows(out)
     after = {name: {} for name in [*nets, 'logits']}
-    grads = {name: {} for name in nets}
+    grads = {name: {} for name in [*nets, 'rl']}         # rl: of the student, by preference updates
     for key, value in weights(out, it + 1).items():
         net, kind, name = key.replace('/', '.', 1).split('.', 2)
         if kind == 'weight':
@@ -632,7 +632,7 @@ def test_the_gradient_of_a_preference_update_is_the_papers(case, tmp_path, monke
             'toy-sd3' if name == 'sd3' else 'toy', '--model', f'assets/toy/{name}', '--reward',
             kind, '--no-joint', '--gan', 'none', '--seed', seed, '--rl_steps', 'all',
             '--candidates', K, '--clamp', clamp, '--beta', beta)
-    assert not grads['fake'] and 'fake' not in row
+    assert not grads['fake'] and not grads['student'] and 'fake' not in row
     for net in nets:
         assert all(torch.equal(after[net][k], w) for k, w in m.trained(nets[net]).items())
 
@@ -683,7 +683,7 @@ def test_the_gradient_of_a_preference_update_is_the_papers(case, tmp_path, monke
     expected = gradient((factor.view(-1, 1, 1, 1) * slope * x0).sum(), student)
     if case == 'clamped':
         assert 0 < sum(inside.sum() for inside in within) < 2 * BATCH
-    assert_same_gradient(grads['student'], expected)
+    assert_same_gradient(grads['rl'], expected)
     L = -F.logsigmoid(beta * H) * sound
     for key, value in {
             'rl/loss': L.mean(), 'rl/ratio': H.exp().mean(), 'rl/unsound': 1 - sound.mean(),
@@ -785,7 +785,7 @@ def test_the_gradient_of_a_policy_update(case, tmp_path):
         spread = torch.cat([r_real, r]).std(0)
     if constant:
         assert row['rl/advantage'] == 0 and not sound.any()
-        assert not grads['student'] and 'rl/ratio' not in row
+        assert not grads['rl'] and 'rl/ratio' not in row
         return
     over = torch.cat([g - g.mean(0) for g in r.double().split(K)])
     A = over / torch.maximum(over.square().mean(0).sqrt(), .1 * spread.double()) * sound
@@ -799,7 +799,8 @@ def test_the_gradient_of_a_policy_update(case, tmp_path):
         a, sd = schedule.alpha(at[k + 1]).double(), schedule.sigma(at[k + 1]).double()
         slope = -R.view(-1, 1, 1, 1) * a * eps[:, k + 1] / (sd * x0[0].numel())
         loss = loss + (slope * x0).sum() / (BATCH * (S - 1))
-    assert_same_gradient(grads['student'], gradient(loss, student))
+    assert not grads['student']
+    assert_same_gradient(grads['rl'], gradient(loss, student))
 
     # the advantages by themselves: one member has none, a NaN silences its group alone
     advantages = page['advantages']
