@@ -966,7 +966,7 @@ def adapters_at(net, scale):
 ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0',
              'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out']
 
-def lora_config(net, rank, alpha, targets):
+def lora_config(net, rank, alpha, targets, flag='--lora'):
     """peft's LoraConfig for adapters B A alpha / rank on the modules of net whose names end in one
     of targets ('attention': the projections of all attention layers); None for rank 0."""
     from peft import LoraConfig
@@ -985,7 +985,7 @@ def lora_config(net, rank, alpha, targets):
             die(f'--lora_targets {targets}: {name} is no linear layer or convolution; {way_out}')
         size = tuple(layer.weight.shape[:2])
         if rank > min(size):
-            die(f'--lora {rank} is more than {name} has, {size}; choose at most {min(size)}')
+            die(f'{flag} {rank} is more than {name} has, {size}; choose at most {min(size)}')
     return LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=ends, init_lora_weights='gaussian')
 
@@ -1500,16 +1500,18 @@ def lora_file(folder, net, flag):
 
 def restore_student(base, net, folder, lora, flag='--init'):
     """Puts the weights that save_student wrote into net, of base.trainable(lora)."""
-    if lora is None:
-        saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
-        own = trained(net)
-        load_trained(net, {k: w for k, w in saved.named_parameters() if k in own})
-        return
-    adapters = {}
-    for name, w in lora_file(folder, net, flag).items():
-        scale = lora.lora_alpha / lora.r if 'lora_B' in name else 1
-        adapters[name.replace('.weight', '.default.weight')] = w.float() / scale
-    load_trained(net, adapters)
+    with sentence(f'{flag} {folder} is damaged, or no student of this --model and these '
+                  f'--lora_targets; leave both away, or choose another {flag}'):
+        if lora is None:
+            saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
+            own = trained(net)
+            load_trained(net, {k: w for k, w in saved.named_parameters() if k in own})
+            return
+        adapters = {}
+        for name, w in lora_file(folder, net, flag).items():
+            scale = lora.lora_alpha / lora.r if 'lora_B' in name else 1
+            adapters[name.replace('.weight', '.default.weight')] = w.float() / scale
+        load_trained(net, adapters)
 
 def load_student(folder, facts, dtype, flag='--ckpt'):
     """A student's pipeline with its scheduler: the saved one, or its base model with adapters."""
@@ -2226,7 +2228,8 @@ def load_state(state, weights, opts, partly=False):
                 kinds.setdefault(kind, []).append((int(first or 0), file, key))
         if partly:                                   # another kind of discriminator, adapters
             found = {net: kinds for net, kinds in found.items()
-                     if net in weights and kinds.keys() == weights[net].keys()}
+                     if net in weights and {k: whole_shape(v['weight']) for k, v in kinds.items()}
+                     == {k: [*w.shape] for k, w in weights[net].items()}}
         for net, named in weights.items():
             if partly and net not in found:
                 continue
@@ -2243,6 +2246,11 @@ def load_state(state, weights, opts, partly=False):
             if net in opts:
                 opts[net].load_state_dict(opts[net].state_dict() | dict(state=moments))
     return found.keys()
+
+def whole_shape(saved):
+    """The shape of a saved tensor, [(first row, file, key)], of all its pieces together."""
+    shapes = [file.get_slice(key).get_shape() for _, file, key in saved]
+    return [sum(count for count, *_ in shapes), *shapes[0][1:]] if shapes[0] else []
 
 def fill(w, saved, name):
     """Puts into w its own rows of a saved tensor, [(first row, file, key)]."""

@@ -222,7 +222,8 @@ pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
-lora_f = m.lora_config(base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets)
+lora_f = m.lora_config(
+    base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets, '--fake_lora')
 nets = dict(student=base.trainable(lora), fake=base.trainable(lora_f or lora))
 # adapters begin at random, but at one place: the coupling mixes them
 if not lora_f:

@@ -834,7 +834,7 @@ def broken(tmp_path_factory):
 
     facts = json.loads((toy / 'student/student.json').read_text())
     for name, change in dict(types=dict(steps=4), lost=dict(base_model='no/where/at/all'),
-                             recipe=dict(recipe='cake')).items():
+                             recipe=dict(recipe='cake'), bare=dict(lora=None)).items():
         (folder / f'student_{name}').mkdir()
         (folder / f'student_{name}/student.json').write_text(json.dumps(facts | change))
     for name, content in dict(damaged='{', types='{"batch": [4]}').items():
@@ -893,6 +893,7 @@ BAD = [
     (TWO, ['--init', 'TMP/notes'], '--init TMP/notes holds no student'),
     (TWO, ['--init', 'TMP/student_recipe', '--recipe', ''], "its recipe is 'cake'; give --recipe"),
     (TWO, ['--recipe', 'toy-sd3', '--init', ''], '--recipe toy-sd3: the newest student'),
+    (TWO, ['--init', 'TMP/student_bare'], '--init TMP/student_bare is damaged, or no student of'),
     (TWO, ['--init', 'TMP/init_damaged'], 'init_damaged/args.json is damaged'),
     (TWO, ['--init', 'TMP/init_types'], "init_types/args.json is damaged"),
     (ONE, ['--dyna', .5], '--dyna 0.5 scales adapters of the fake score; give --fake_lora'),
