@@ -74,13 +74,14 @@ flag = p.add_argument
 flag('--ckpt', nargs='+', default=[],
      help='runs or student pipelines, a row each; none: newest of out/stage[12]*, else shipped')
 flag('--teacher', action='store_true', help='score the base model (alone, or beside --ckpt)')
-flag('--pipeline', default='', help='score this diffusers pipeline, by --teacher_steps and --cfg')
+flag('--pipeline', default='',
+     help='score this diffusers pipeline instead, by --teacher_steps and --cfg')
 flag('--images', default='', help='score this folder of pictures instead')
 flag('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's")
 flag('--metrics', nargs='+', choices=METRICS, help='what to compute')
 flag('--prompts', help='text file, one prompt per line')
 flag('--n', type=int, default=0, help='how many of the prompts; 0: all')
-flag('--steps', type=int, default=4, help="the student's sampling steps")
+flag('--steps', type=int, help="the student's sampling steps; default: those of the first")
 flag('--teacher_steps', type=int, default=50, help="the teacher's sampling steps")
 flag('--cfg', type=float, help="the teacher's guidance")
 for name, (_, source, title, _) in R.SCORES.items():
@@ -103,10 +104,11 @@ _, facts = students[0]
 recipe = chosen.recipe or facts['recipe']
 if recipe not in RECIPES:
     m.die(f'--ckpt: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
-p.set_defaults(**RECIPES[recipe])
+p.set_defaults(**RECIPES[recipe], steps=len(facts['steps']))
 m.give_way(p, 'real', 'real_files', 'image_column')
 args = p.parse_args()
 m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0, workers=0, cfg=0)
+m.at_most(args, steps=1000, teacher_steps=1000)
 if args.sheet and args.sheet not in args.metrics:
     m.die(f'--sheet {args.sheet} is not among --metrics {" ".join(args.metrics)}; add it there')
 rank, world, device = m.launch(minutes=120)

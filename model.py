@@ -98,6 +98,7 @@ THEIRS = dict(
     train_batch_size='--batch, of all ranks together', max_train_steps='--iters',
     gradient_accumulation_steps='--micro, what a rank takes at once of its share of --batch',
     learning_rate='--student_lr, --fake_lr and --heads_lr', lr_warmup_steps='--warmup',
+    lr='--student_lr, --fake_lr and --heads_lr', resume='none: the same command again resumes',
     output_dir='--out', pretrained_model_name_or_path='--model', dataset_name='--data',
     train_data_dir='--data', caption_column='--text_column', checkpointing_steps='--save_every',
     gradient_checkpointing='--grad_checkpointing', guidance_scale='--cfg', rank='--lora',
@@ -451,7 +452,7 @@ def check_sources(args):
             die(f'--prompts_only {args.prompts_only} takes the place of {flag}: leave {flag} away, '
                 "or give --prompts_only ''")
     if args.prompts_only and args.gan != 'none':
-        die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none')
+        die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none, or --data')
     words = []
     if args.wandb and not importlib.util.find_spec('wandb'):
         words.append('--wandb needs wandb: pip install wandb')
@@ -1161,7 +1162,7 @@ def load_latent_reward(name, base, flag='--lrm'):
                'state_dict.pt; for a base model that has none, train one as tests/make_toy.py '
                'does, or go on with train_stage1.py')
     repo, inside = '/'.join(folder.parts[:2]), folder.parts[2:]
-    if not folder.exists() and not hub_id(repo):
+    if not name or not folder.exists() and not hub_id(repo):
         die(f'{flag} {name} does not exist; {way_out}')
     dtype = base.teacher.dtype
     with sentence(f'{flag} {name} could not be loaded or downloaded; {way_out}'):
@@ -1640,6 +1641,18 @@ def hold(out):
             '--out')
     return lock
 
+def clear_check(out):
+    """Empties the folder of a --check that was killed; ends with a sentence where something else is
+    in it."""
+    found = [*out.glob('[!.]*')] if dist.get_rank() == 0 else []
+    own = not found
+    with contextlib.suppress(*BAD_FILE):
+        own = own or json.loads((out / 'args.json').read_text())['check']
+    if not gathered(own)[0]:
+        die(f'--check works in {out}, which has files that no check wrote; choose another --out')
+    for left in found:
+        remove(left)
+
 def default_out(stage, recipe):
     """--out where none is given: out/stage1, or with --recipe out/stage1-RECIPE."""
     return '-'.join(filter(None, [f'out/stage{stage}', recipe]))
@@ -2026,9 +2039,13 @@ def plan(args, out, device):
     if args.force:
         return total
     if total > room:
-        die(f'the run takes {total:.1f} GB on each rank, which has {room:.1f}: more ranks, --lora '
-            '64, a smaller --micro, --gan_crop 512, --offload or --cpu_offload take less; --force '
-            'tries all the same')
+        whole = not args.lora
+        ways = {'more ranks': whole, '--lora 64': whole, 'a smaller --micro': args.micro > 1,
+                '--gan_crop 512': args.gan == 'pixel' and not args.gan_crop,
+                '--offload': not args.offload, '--cpu_offload': whole and not args.cpu_offload}
+        less = ' or '.join(words for words, helps in ways.items() if helps)
+        die(f'the run takes {total:.1f} GB on each rank, which has {room:.1f}: '
+            f'{less or "a larger card"} may do; --force tries all the same')
     if need['main'] > main:
         die(f'--cpu_offload takes {need["main"]:.1f} GB of main memory for each rank, which has '
             f'{main:.1f}: --lora 64 takes less; --force tries all the same')
@@ -2513,7 +2530,7 @@ class Pictures:
         self.name = f'{flag} {source}'
         self.size = size
         self.seed = seed
-        if not Path(source).exists() and not hub_id(source):
+        if not source or not Path(source).exists() and not hub_id(source):
             die(f'{self.name} does not exist')
         with sentence(f'{self.name} could not be loaded or downloaded; {flag} assets/toy/data runs '
                       'offline'):
