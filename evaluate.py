@@ -197,11 +197,11 @@ if args.images and rank == 0:
 near = R.near_prompts(source, len(prompts), blank=True)
 
 guided = []                                               # numbers of steps of the teacher's rows
-rows = {}                                         # label: (pipeline, its steps, what loads it)
+rows = {}                              # label: (pipeline, its steps, its guidance, what loads it)
 teacher, whence, t5 = facts['base_model'], '--ckpt', facts.get('t5')
 merged = facts.get('base_lora')                       # [file, weight], in the teacher as it taught
 if args.images:
-    rows[args.images] = '', 0, None
+    rows[args.images] = '', 0, 0., None
 elif args.pipeline:
     teacher, whence, t5, merged = args.pipeline, '--pipeline', None, None
     guided = [args.teacher_steps]
@@ -210,7 +210,7 @@ else:
         students = []
     for folder, own in students:
         load = functools.partial(m.load_student, folder, own)
-        rows[f'{folder}, {args.steps} steps'] = str(folder), args.steps, load
+        rows[f'{folder}, {args.steps} steps'] = str(folder), args.steps, 0., load
     if args.teacher or not args.ckpt:
         guided.append(args.teacher_steps)
     if not (args.teacher or args.ckpt):
@@ -218,7 +218,7 @@ else:
 for steps in guided:
     load = functools.partial(m.load_pipeline, teacher, whence, t5=t5, base_lora=merged)
     label = f'{teacher} with its base LoRA' if merged else teacher
-    rows[f'{label}, {steps} steps, CFG {args.cfg:g}'] = teacher, steps, load
+    rows[f'{label}, {steps} steps, CFG {args.cfg:g}'] = teacher, steps, args.cfg, load
 
 def short(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
@@ -226,7 +226,7 @@ def short(value):
 # of weights and settings; a hub id has no files
 weights = {name: [m.crc(file) for file in sorted([*Path(name).rglob('*.*'), Path(name)])
                   if file.suffix in ('.safetensors', '.json')]
-           for name, _, _ in rows.values() if name}
+           for name, *_ in rows.values() if name}
 if guided and merged:
     weights[teacher] += [m.crc(merged[0]), merged[1]]
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')}
@@ -273,7 +273,7 @@ def clocked(what, count):
     seconds[what] = spent + time.time() - began, before + count
 
 files_of = {label: files for label in rows}
-for label, (name, steps, load) in rows.items():
+for label, (name, steps, cfg, load) in rows.items():
     if args.images:
         break
     dtype = torch.float16 if device.type == 'cuda' else torch.float32
@@ -293,7 +293,7 @@ for label, (name, steps, load) in rows.items():
         index = missing[k:k + args.batch]
         texts = [prompts[i] for i in index]
         with clocked(f'drawing: {label}', len(index)):
-            pictures = m.generate(pipe, texts, index, args.seed, steps, args.cfg)
+            pictures = m.generate(pipe, texts, index, args.seed, steps, cfg)
             for i, picture in zip(index, (pictures.clamp(0, 1) * 255).round().byte()):
                 with m.replacing(files_of[label][i]) as tmp:
                     to_pil_image(picture).save(tmp, 'PNG')

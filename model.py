@@ -1277,7 +1277,7 @@ def compile_pipeline(pipe):
 def generate(pipe, prompts, indices, seed, steps, cfg):
     """Pictures (B, 3, H, W) in [0, 1], float32 on the CPU, one for each prompt. The noise of a
     picture depends on (seed, its index) alone, not on the batch. A student's pipeline takes `steps`
-    evenly spaced steps and no guidance, any other its scheduler's own with guidance cfg. Pictures
+    evenly spaced steps, any other its scheduler's own; cfg: its guidance, 0 for a student. Pictures
     are decoded one by one: at 1024 px each takes 3.2 GB (tests/bench.py)."""
     pipe.vae.enable_slicing()
     streams = [generator(seed, int(i)) for i in indices]
@@ -1285,7 +1285,7 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     # the last: Euler's with fresh noise, the same sampler, of students up to November 2026
     few = (kind.__name__ in ('LCMScheduler', 'FlowMatchLCMScheduler')
            or pipe.scheduler.config.get('stochastic_sampling'))
-    how = family_of(pipe).called(pipe, 0. if few else cfg, len(streams))
+    how = family_of(pipe).called(pipe, cfg, len(streams))
     if kind.__name__ == 'LCMScheduler':
         how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
     else:

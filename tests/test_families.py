@@ -527,6 +527,8 @@ def test_a_page_to_try_the_student_on(students, monkeypatch):
             self.draw = draw
 
         def launch(self, server_name, server_port):
+            if server_port == 80:
+                raise OSError('Cannot find empty port in range: 80-80')
             assert (server_name, server_port) == ('127.0.0.1', 7860)
             made.extend(self.draw('a red star on white', 3, 4, beside) for beside in (False, True))
 
@@ -534,6 +536,8 @@ def test_a_page_to_try_the_student_on(students, monkeypatch):
         'Textbox', 'Number', 'Slider', 'Checkbox', 'Image')}
     monkeypatch.setitem(sys.modules, 'gradio', SimpleNamespace(Interface=Interface, **parts))
     assert inside(*command).returncode == 0
+    done = refused(*command, '--port', 80)
+    assert done.returncode == 2 and 'error: --port 80 cannot be had; choose another' in done.stderr
     (first, none, _), (again, teacher, words) = made
     assert none is None and first == again != teacher
     assert re.fullmatch('student: 4 steps, .* s, teacher: 50 steps, .* s', words)

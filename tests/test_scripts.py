@@ -132,6 +132,9 @@ def test_what_evidence_calls_shown(tmp_path):
     page, scores = tmp_path / 'results.md', tmp_path / 'work/scores'
     scores.mkdir(parents=True)
     values = dict(cmmd=.1, sharpness=9., margin=1., rprecision=.8, cpu=60.)
+    new = tmp_path / 'new/page.md'
+    well(inside('tests/evidence.py', '--write', '--work', tmp_path / 'work', '--results', new))
+    assert new.read_text().count('writes from here') == 1
 
     def put(cell, its, pickscore, spectrum):
         for seed, (p, s) in enumerate(zip(pickscore, spectrum)):
@@ -460,6 +463,20 @@ def test_a_student_is_scored_at_its_own_steps(tmp_path):
     done = well(inside('evaluate.py', '--ckpt', tmp_path / 'two', '--n', 1, '--metrics', 'sharpness',
                        '--out', tmp_path / 'a.json'))
     assert f'| {tmp_path}/two, 2 steps |' in done.stdout
+
+def test_a_pipeline_has_the_guidance_of_its_row(tmp_path):
+    """Also one whose scheduler is a student's."""
+    altered(ROOT / 'assets/toy/sdxl', tmp_path / 'lcm', 'model_index.json',
+            dict(scheduler=['diffusers', 'LCMScheduler']))
+    found = []
+    for cfg in 0, 3:
+        done = well(inside('evaluate.py', '--pipeline', tmp_path / 'lcm', '--teacher_steps', 2,
+                           '--cfg', cfg, '--n', 1, '--metrics', 'sharpness', '--out',
+                           tmp_path / f'{cfg}.json'))
+        assert f'2 steps, CFG {cfg} |' in done.stdout
+        row, = json.loads((tmp_path / f'{cfg}.json').read_text())['rows'].values()
+        found.append(row['sharpness']['value'])
+    assert abs(found[0] - found[1]) > .1
 
 def test_a_metric_without_weights_leaves_the_others(tmp_path):
     """Also that any pipeline can be scored."""
