@@ -74,13 +74,14 @@ flag = p.add_argument
 flag('--ckpt', nargs='+', default=[],
      help='runs or student pipelines, a row each; none: newest of out/stage[12]*, else shipped')
 flag('--teacher', action='store_true', help='score the base model (alone, or beside --ckpt)')
-flag('--pipeline', default='', help='score this diffusers pipeline, by --teacher_steps and --cfg')
+flag('--pipeline', default='',
+     help='score this diffusers pipeline instead, by --teacher_steps and --cfg')
 flag('--images', default='', help='score this folder of pictures instead')
 flag('--recipe', choices=['', *RECIPES], default='', help="table of defaults; empty: the student's")
 flag('--metrics', nargs='+', choices=METRICS, help='what to compute')
 flag('--prompts', help='text file, one prompt per line')
 flag('--n', type=int, default=0, help='how many of the prompts; 0: all')
-flag('--steps', type=int, default=4, help="the student's sampling steps")
+flag('--steps', type=int, help="the student's sampling steps; default: those of the first")
 flag('--teacher_steps', type=int, default=50, help="the teacher's sampling steps")
 flag('--cfg', type=float, help="the teacher's guidance")
 for name, (_, source, title, _) in R.SCORES.items():
@@ -103,10 +104,11 @@ _, facts = students[0]
 recipe = chosen.recipe or facts['recipe']
 if recipe not in RECIPES:
     m.die(f'--ckpt: its recipe is {recipe!r}; give --recipe {" or ".join(RECIPES)}')
-p.set_defaults(**RECIPES[recipe])
+p.set_defaults(**RECIPES[recipe], steps=len(facts['steps']))
 m.give_way(p, 'real', 'real_files', 'image_column')
 args = p.parse_args()
 m.at_least(args, n=0, steps=1, teacher_steps=1, batch=1, n_real=1, seed=0, workers=0, cfg=0)
+m.at_most(args, steps=1000, teacher_steps=1000)
 if args.sheet and args.sheet not in args.metrics:
     m.die(f'--sheet {args.sheet} is not among --metrics {" ".join(args.metrics)}; add it there')
 rank, world, device = m.launch(minutes=120)
@@ -195,11 +197,11 @@ if args.images and rank == 0:
 near = R.near_prompts(source, len(prompts), blank=True)
 
 guided = []                                               # numbers of steps of the teacher's rows
-rows = {}                                         # label: (pipeline, its steps, what loads it)
+rows = {}                              # label: (pipeline, its steps, its guidance, what loads it)
 teacher, whence, t5 = facts['base_model'], '--ckpt', facts.get('t5')
 merged = facts.get('base_lora')                       # [file, weight], in the teacher as it taught
 if args.images:
-    rows[args.images] = '', 0, None
+    rows[args.images] = '', 0, 0., None
 elif args.pipeline:
     teacher, whence, t5, merged = args.pipeline, '--pipeline', None, None
     guided = [args.teacher_steps]
@@ -208,7 +210,7 @@ else:
         students = []
     for folder, own in students:
         load = functools.partial(m.load_student, folder, own)
-        rows[f'{folder}, {args.steps} steps'] = str(folder), args.steps, load
+        rows[f'{folder}, {args.steps} steps'] = str(folder), args.steps, 0., load
     if args.teacher or not args.ckpt:
         guided.append(args.teacher_steps)
     if not (args.teacher or args.ckpt):
@@ -216,7 +218,7 @@ else:
 for steps in guided:
     load = functools.partial(m.load_pipeline, teacher, whence, t5=t5, base_lora=merged)
     label = f'{teacher} with its base LoRA' if merged else teacher
-    rows[f'{label}, {steps} steps, CFG {args.cfg:g}'] = teacher, steps, load
+    rows[f'{label}, {steps} steps, CFG {args.cfg:g}'] = teacher, steps, args.cfg, load
 
 def short(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
@@ -224,7 +226,7 @@ def short(value):
 # of weights and settings; a hub id has no files
 weights = {name: [m.crc(file) for file in sorted([*Path(name).rglob('*.*'), Path(name)])
                   if file.suffix in ('.safetensors', '.json')]
-           for name, _, _ in rows.values() if name}
+           for name, *_ in rows.values() if name}
 if guided and merged:
     weights[teacher] += [m.crc(merged[0]), merged[1]]
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')}
@@ -271,7 +273,7 @@ def clocked(what, count):
     seconds[what] = spent + time.time() - began, before + count
 
 files_of = {label: files for label in rows}
-for label, (name, steps, load) in rows.items():
+for label, (name, steps, cfg, load) in rows.items():
     if args.images:
         break
     dtype = torch.float16 if device.type == 'cuda' else torch.float32
@@ -291,7 +293,7 @@ for label, (name, steps, load) in rows.items():
         index = missing[k:k + args.batch]
         texts = [prompts[i] for i in index]
         with clocked(f'drawing: {label}', len(index)):
-            pictures = m.generate(pipe, texts, index, args.seed, steps, args.cfg)
+            pictures = m.generate(pipe, texts, index, args.seed, steps, cfg)
             for i, picture in zip(index, (pictures.clamp(0, 1) * 255).round().byte()):
                 with m.replacing(files_of[label][i]) as tmp:
                     to_pil_image(picture).save(tmp, 'PNG')

@@ -98,6 +98,7 @@ THEIRS = dict(
     train_batch_size='--batch, of all ranks together', max_train_steps='--iters',
     gradient_accumulation_steps='--micro, what a rank takes at once of its share of --batch',
     learning_rate='--student_lr, --fake_lr and --heads_lr', lr_warmup_steps='--warmup',
+    lr='--student_lr, --fake_lr and --heads_lr', resume='none: the same command again resumes',
     output_dir='--out', pretrained_model_name_or_path='--model', dataset_name='--data',
     train_data_dir='--data', caption_column='--text_column', checkpointing_steps='--save_every',
     gradient_checkpointing='--grad_checkpointing', guidance_scale='--cfg', rank='--lora',
@@ -451,7 +452,7 @@ def check_sources(args):
             die(f'--prompts_only {args.prompts_only} takes the place of {flag}: leave {flag} away, '
                 "or give --prompts_only ''")
     if args.prompts_only and args.gan != 'none':
-        die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none')
+        die(f'--prompts_only has no pictures for --gan {args.gan}: use --gan none, or --data')
     words = []
     if args.wandb and not importlib.util.find_spec('wandb'):
         words.append('--wandb needs wandb: pip install wandb')
@@ -966,7 +967,7 @@ def adapters_at(net, scale):
 ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0',
              'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out']
 
-def lora_config(net, rank, alpha, targets):
+def lora_config(net, rank, alpha, targets, flag='--lora'):
     """peft's LoraConfig for adapters B A alpha / rank on the modules of net whose names end in one
     of targets ('attention': the projections of all attention layers); None for rank 0."""
     from peft import LoraConfig
@@ -985,7 +986,7 @@ def lora_config(net, rank, alpha, targets):
             die(f'--lora_targets {targets}: {name} is no linear layer or convolution; {way_out}')
         size = tuple(layer.weight.shape[:2])
         if rank > min(size):
-            die(f'--lora {rank} is more than {name} has, {size}; choose at most {min(size)}')
+            die(f'{flag} {rank} is more than {name} has, {size}; choose at most {min(size)}')
     return LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=ends, init_lora_weights='gaussian')
 
@@ -1161,7 +1162,7 @@ def load_latent_reward(name, base, flag='--lrm'):
                'state_dict.pt; for a base model that has none, train one as tests/make_toy.py '
                'does, or go on with train_stage1.py')
     repo, inside = '/'.join(folder.parts[:2]), folder.parts[2:]
-    if not folder.exists() and not hub_id(repo):
+    if not name or not folder.exists() and not hub_id(repo):
         die(f'{flag} {name} does not exist; {way_out}')
     dtype = base.teacher.dtype
     with sentence(f'{flag} {name} could not be loaded or downloaded; {way_out}'):
@@ -1277,7 +1278,7 @@ def compile_pipeline(pipe):
 def generate(pipe, prompts, indices, seed, steps, cfg):
     """Pictures (B, 3, H, W) in [0, 1], float32 on the CPU, one for each prompt. The noise of a
     picture depends on (seed, its index) alone, not on the batch. A student's pipeline takes `steps`
-    evenly spaced steps and no guidance, any other its scheduler's own with guidance cfg. Pictures
+    evenly spaced steps, any other its scheduler's own; cfg: its guidance, 0 for a student. Pictures
     are decoded one by one: at 1024 px each takes 3.2 GB (tests/bench.py)."""
     pipe.vae.enable_slicing()
     streams = [generator(seed, int(i)) for i in indices]
@@ -1285,7 +1286,7 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     # the last: Euler's with fresh noise, the same sampler, of students up to November 2026
     few = (kind.__name__ in ('LCMScheduler', 'FlowMatchLCMScheduler')
            or pipe.scheduler.config.get('stochastic_sampling'))
-    how = family_of(pipe).called(pipe, 0. if few else cfg, len(streams))
+    how = family_of(pipe).called(pipe, cfg, len(streams))
     if kind.__name__ == 'LCMScheduler':
         how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
     else:
@@ -1501,16 +1502,18 @@ def lora_file(folder, net, flag):
 
 def restore_student(base, net, folder, lora, flag='--init'):
     """Puts the weights that save_student wrote into net, of base.trainable(lora)."""
-    if lora is None:
-        saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
-        own = trained(net)
-        load_trained(net, {k: w for k, w in saved.named_parameters() if k in own})
-        return
-    adapters = {}
-    for name, w in lora_file(folder, net, flag).items():
-        scale = lora.lora_alpha / lora.r if 'lora_B' in name else 1
-        adapters[name.replace('.weight', '.default.weight')] = w.float() / scale
-    load_trained(net, adapters)
+    with sentence(f'{flag} {folder} is damaged, or no student of this --model and these '
+                  f'--lora_targets; leave both away, or choose another {flag}'):
+        if lora is None:
+            saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
+            own = trained(net)
+            load_trained(net, {k: w for k, w in saved.named_parameters() if k in own})
+            return
+        adapters = {}
+        for name, w in lora_file(folder, net, flag).items():
+            scale = lora.lora_alpha / lora.r if 'lora_B' in name else 1
+            adapters[name.replace('.weight', '.default.weight')] = w.float() / scale
+        load_trained(net, adapters)
 
 def load_student(folder, facts, dtype, flag='--ckpt'):
     """A student's pipeline with its scheduler: the saved one, or its base model with adapters."""
@@ -1638,6 +1641,18 @@ def hold(out):
         die(f'--out {out} is in use by another run, {other}; wait for its end, or choose another '
             '--out')
     return lock
+
+def clear_check(out):
+    """Empties the folder of a --check that was killed; ends with a sentence where something else is
+    in it."""
+    found = [*out.glob('[!.]*')] if dist.get_rank() == 0 else []
+    own = not found
+    with contextlib.suppress(*BAD_FILE):
+        own = own or json.loads((out / 'args.json').read_text())['check']
+    if not gathered(own)[0]:
+        die(f'--check works in {out}, which has files that no check wrote; choose another --out')
+    for left in found:
+        remove(left)
 
 def default_out(stage, recipe):
     """--out where none is given: out/stage1, or with --recipe out/stage1-RECIPE."""
@@ -2032,9 +2047,13 @@ def plan(args, out, device):
     if args.force:
         return total
     if total > room:
-        die(f'the run takes {total:.1f} GB on each rank, which has {room:.1f}: more ranks, --lora '
-            '64, a smaller --micro, --gan_crop 512, --offload or --cpu_offload take less; --force '
-            'tries all the same')
+        whole = not args.lora
+        ways = {'more ranks': whole, '--lora 64': whole, 'a smaller --micro': args.micro > 1,
+                '--gan_crop 512': args.gan == 'pixel' and not args.gan_crop,
+                '--offload': not args.offload, '--cpu_offload': whole and not args.cpu_offload}
+        less = ' or '.join(words for words, helps in ways.items() if helps)
+        die(f'the run takes {total:.1f} GB on each rank, which has {room:.1f}: '
+            f'{less or "a larger card"} may do; --force tries all the same')
     if need['main'] > main:
         die(f'--cpu_offload takes {need["main"]:.1f} GB of main memory for each rank, which has '
             f'{main:.1f}: --lora 64 takes less; --force tries all the same')
@@ -2239,7 +2258,8 @@ def load_state(state, weights, opts, partly=False):
                 kinds.setdefault(kind, []).append((int(first or 0), file, key))
         if partly:                                   # another kind of discriminator, adapters
             found = {net: kinds for net, kinds in found.items()
-                     if net in weights and kinds.keys() == weights[net].keys()}
+                     if net in weights and {k: whole_shape(v['weight']) for k, v in kinds.items()}
+                     == {k: [*w.shape] for k, w in weights[net].items()}}
         seen = set()
         for net, named in weights.items():
             if partly and net not in found:
@@ -2260,6 +2280,11 @@ def load_state(state, weights, opts, partly=False):
             if net in opts:
                 opts[net].load_state_dict(opts[net].state_dict() | dict(state=moments))
     return found.keys()
+
+def whole_shape(saved):
+    """The shape of a saved tensor, [(first row, file, key)], of all its pieces together."""
+    shapes = [file.get_slice(key).get_shape() for _, file, key in saved]
+    return [sum(count for count, *_ in shapes), *shapes[0][1:]] if shapes[0] else []
 
 def fill(w, saved, name):
     """Puts into w its own rows of a saved tensor, [(first row, file, key)]."""
@@ -2522,7 +2547,7 @@ class Pictures:
         self.name = f'{flag} {source}'
         self.size = size
         self.seed = seed
-        if not Path(source).exists() and not hub_id(source):
+        if not source or not Path(source).exists() and not hub_id(source):
             die(f'{self.name} does not exist')
         with sentence(f'{self.name} could not be loaded or downloaded; {flag} assets/toy/data runs '
                       'offline'):

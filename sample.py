@@ -215,6 +215,7 @@ if args.steps is None:
     args.steps = own['num_inference_steps'].default if args.teacher else len(facts['steps'])
 m.at_least(args, steps=1, cfg=0)
 m.at_most(args, steps=1000)
+guidance = args.cfg if args.teacher else 0
 pipe.to(device).set_progress_bar_config(disable=True)
 if args.compile:
     m.compile_pipeline(pipe)
@@ -234,7 +235,7 @@ def save(i, text, picture):
     info = PngInfo()
     info.add_text('parameters', (
         f'{text}\nSteps: {args.steps}, Sampler: {type(pipe.scheduler).__name__}, CFG scale: '
-        f'{args.cfg if args.teacher else 0}, Seed: {args.seed}, Picture: {i}, '
+        f'{guidance}, Seed: {args.seed}, Picture: {i}, '
         f'Size: {width}x{height}, Model: {base if args.teacher else folder}'))
     with m.replacing(place / f'{i:05d}.png') as tmp:
         to_pil_image(picture).save(tmp, 'PNG', pnginfo=info)
@@ -249,13 +250,13 @@ def teacher():
 
 def tried(prompt, seed, steps, beside):
     """What the page shows: the student's picture, the teacher's or None, their seconds."""
-    rows = [('student', pipe, int(steps))]
+    rows = [('student', pipe, int(steps), 0.)]
     if beside:
-        rows.append(('teacher', teacher(), own['num_inference_steps'].default))
+        rows.append(('teacher', teacher(), own['num_inference_steps'].default, args.cfg))
     images, words = [], []
-    for label, net, count in rows:
+    for label, net, count, cfg in rows:
         began = time.time()
-        picture, = m.generate(net, [prompt], [0], int(seed), count, args.cfg)
+        picture, = m.generate(net, [prompt], [0], int(seed), count, cfg)
         images.append(to_pil_image(picture))
         words.append(f'{label}: {count} steps, {time.time() - began:.2f} s')
     return images[0], images[1] if beside else None, ', '.join(words)
@@ -265,18 +266,20 @@ if args.serve:
         tried, title=f'{folder}, student of {base}', flagging_mode='never', api_name='draw',
         inputs=[gradio.Textbox(prompts[0], label='prompt'),
                 gradio.Number(args.seed, label='seed', precision=0, minimum=0),
-                gradio.Slider(1, 8, args.steps, step=1, label='steps of the student'),
+                gradio.Slider(1, max(8, args.steps), args.steps, step=1,
+                              label='steps of the student'),
                 gradio.Checkbox(False, label=f'beside it the teacher, guidance {args.cfg}')],
         outputs=[gradio.Image(label='student', format='png'),
                  gradio.Image(label='teacher', format='png'),
                  gradio.Textbox(label='seconds')])
-    page.launch(server_name='127.0.0.1', server_port=args.port)
+    with m.sentence(f'--port {args.port} cannot be had; choose another', (OSError, OverflowError)):
+        page.launch(server_name='127.0.0.1', server_port=args.port)
     raise SystemExit
 pictures, clock = [], [time.time()]
 for k in range(0, args.n, args.batch):
     index = range(args.n)[k:k + args.batch]
     texts = [prompts[i] for i in index]
-    pictures.append(m.generate(pipe, texts, index, args.seed, args.steps, args.cfg))
+    pictures.append(m.generate(pipe, texts, index, args.seed, args.steps, guidance))
     clock.append(time.time())
     for i, text, picture in zip(index, texts, pictures[-1]) if single else ():
         save(i, text, picture)

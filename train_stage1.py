@@ -169,14 +169,14 @@ if chosen.lora and not RECIPES[recipe].get('lora'):
 args = p.parse_args()
 args.recipe = recipe
 if args.check:
-    args.out, args.iters, args.log_every = f'{args.out}-check', 1, 1
+    args.out, args.iters, args.log_every = args.out.rstrip('/') + '-check', 1, 1
 
 # -- ranks, device, folder -------------------------------------------------------------------------
 m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_every=1, workers=0,
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
            data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0,
            fake_lora=0, dyna=0, dyna_iters=0)
-m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
+m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1, timeout=1e6)
 if args.dyna and not args.fake_lora:
     m.die(f'--dyna {args.dyna} scales adapters of the fake score; give --fake_lora 32 as well')
 if args.fake_lora and args.couple < 1:
@@ -195,8 +195,8 @@ n = len(mine) // args.micro                                                 # th
 prompts = m.read_prompts(args.prompts)[:8]
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
-for left in out.glob('[!.]*') if args.check and rank == 0 else ():
-    m.remove(left)
+if args.check:
+    m.clear_check(out)
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
@@ -222,7 +222,8 @@ pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
-lora_f = m.lora_config(base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets)
+lora_f = m.lora_config(
+    base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets, '--fake_lora')
 nets = dict(student=base.trainable(lora), fake=base.trainable(lora_f or lora))
 # adapters begin at random, but at one place: the coupling mixes them
 if not lora_f:

@@ -215,6 +215,8 @@ p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     base_lora=origin.get('base_lora') or [],
     lora=adapters['rank'], lora_alpha=adapters['alpha'], lora_targets=','.join(adapters['targets']))
+if chosen.prompts_only:
+    p.set_defaults(gan='none')
 if p.parse_known_args()[0].gan != p.get_default('gan'):     # what was handed on is of another kind
     p.set_defaults(gan_weight=5e-3 if chosen.gan == 'latent' else RECIPES[recipe]['gan_weight'])
 if chosen.rl == 'grpo':
@@ -229,10 +231,10 @@ m.give_way(p, 'real', 'real_files')
 args = p.parse_args()
 args.recipe, args.init = recipe, str(folder)
 if args.check:                               # a distillation and a preference update
-    args.out, args.iters, args.log_every = f'{args.out}-check', 2, 1
+    args.out, args.iters, args.log_every = args.out.rstrip('/') + '-check', 2, 1
     args.critic_warmup = 0
 m.at_least(args, rl_ratio=1, candidates=2, critic_warmup=0, eval_every=0, eval_n=1, clamp=0, beta=0,
-           rl_lr=0)
+           rl_lr=0, goal=-1)
 pixels = all(name in R.SCORES for name in args.reward)                       # all are of pictures
 if len(args.reward) > 1 and not pixels:
     m.die(f'--reward {" ".join(args.reward)}: only rewards of pictures can be added up')
@@ -257,7 +259,7 @@ m.at_least(args, batch=1, micro=1, iters=1, steps=1, ttur=1, save_every=1, log_e
            sample_every=0, warmup=0, cooldown=0, seed=0, gan_crop=0, couple=0, lora=0, lora_alpha=0,
            data_limit=0, timeout=.05, student_lr=0, fake_lr=0, heads_lr=0, gan_weight=0, cfg=0,
            fake_lora=0, dyna=0, dyna_iters=0)
-m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1)
+m.at_most(args, couple=1, steps=1000, seed=2 ** 63 - 1, timeout=1e6)
 if args.dyna and not args.fake_lora:
     m.die(f'--dyna {args.dyna} scales adapters of the fake score; give --fake_lora 32 as well')
 if args.fake_lora and args.couple < 1:
@@ -276,8 +278,8 @@ n = len(mine) // args.micro                                                 # th
 prompts = m.read_prompts(args.prompts)[:8]
 out = m.writable_folder(args.out, '--out')
 lock = m.hold(out)                                          # while this process lives
-for left in out.glob('[!.]*') if args.check and rank == 0 else ():
-    m.remove(left)
+if args.check:
+    m.clear_check(out)
 state = m.find_state(out, args)
 start = m.iteration_of(state)
 planned = m.plan(args, out, device)
@@ -303,7 +305,8 @@ pictures.size = base.size
 alpha = args.lora_alpha or 2. * args.lora
 lora = m.lora_config(base.teacher, args.lora, alpha, args.lora_targets)
 torch.manual_seed(args.seed)             # of new heads and adapters; all else comes from m.draw
-lora_f = m.lora_config(base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets)
+lora_f = m.lora_config(
+    base.teacher, args.fake_lora, 2. * args.fake_lora, args.lora_targets, '--fake_lora')
 nets = dict(student=base.trainable(lora), fake=base.trainable(lora_f or lora))
 # adapters begin at random, but at one place: the coupling mixes them
 if not lora_f:
@@ -378,8 +381,9 @@ rl_steps = [k for k in range(S - 1) if args.rl_steps == 'all' or k + 1 in high]
 if args.rl == 'refl':
     rl_steps = [*range(S)]
 if not rl_steps:
-    m.die(f'--rl_steps {args.rl_steps}: none of the steps {steps.long().tolist()} leads to a '
-          'high-noise step; use --rl_steps all or more --steps')
+    way_out = 'more --steps' if S == 1 else '--rl_steps all'
+    m.die(f'--rl_steps {args.rl_steps}: none of the steps {steps.long().tolist()} is one that gets '
+          f'preference updates; use {way_out}')
 # iterations: fake score and discriminator alone where they are new, then cycles of --ttur
 # distillations, one of which updates the student, and rl_ratio preference updates
 new = [name for name in ('fake', 'heads') if name in nets and name not in inherited]

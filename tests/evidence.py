@@ -210,6 +210,7 @@ flag('--results', default='assets/results.md', help='page of the tables; picture
 args = p.parse_args()
 m.at_least(args, seeds=1, jobs=1)
 work = m.writable_folder(ROOT / args.work, '--work')
+m.writable_folder((ROOT / args.results).parent, '--results')
 environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))
 
 def run(*command):
@@ -442,7 +443,7 @@ def write():
         tmp.write_text('{' + ',\n'.join(rows) + '}\n')
     for name in args.only:
         draw(name, file.with_name(f'evidence-{slug(name)}.png'))
-    before, _, rest = file.read_text().partition(BEGIN)
+    before, _, rest = (file.read_text() if file.exists() else '').partition(BEGIN)
     _, _, after = rest.partition(END)
     with m.replacing(file) as tmp:
         tmp.write_text(before.rstrip('\n') + '\n\n' + '\n'.join(page()) + (after or '\n'))

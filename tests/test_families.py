@@ -527,6 +527,8 @@ def test_a_page_to_try_the_student_on(students, monkeypatch):
             self.draw = draw
 
         def launch(self, server_name, server_port):
+            if server_port == 80:
+                raise OSError('Cannot find empty port in range: 80-80')
             assert (server_name, server_port) == ('127.0.0.1', 7860)
             made.extend(self.draw('a red star on white', 3, 4, beside) for beside in (False, True))
 
@@ -534,6 +536,8 @@ def test_a_page_to_try_the_student_on(students, monkeypatch):
         'Textbox', 'Number', 'Slider', 'Checkbox', 'Image')}
     monkeypatch.setitem(sys.modules, 'gradio', SimpleNamespace(Interface=Interface, **parts))
     assert inside(*command).returncode == 0
+    done = refused(*command, '--port', 80)
+    assert done.returncode == 2 and 'error: --port 80 cannot be had; choose another' in done.stderr
     (first, none, _), (again, teacher, words) = made
     assert none is None and first == again != teacher
     assert re.fullmatch('student: 4 steps, .* s, teacher: 50 steps, .* s', words)
@@ -779,6 +783,7 @@ def broken(tmp_path_factory):
 ONE, TWO = ['train_stage1.py', '--iters', 1], ['train_stage2.py', '--iters', 1, '--eval_every', 0]
 REFUSED = [                                                   # command, what the sentence says
     ([*ONE, '--lora', 1000], '--lora 1000 is more than down_blocks.0'),
+    ([*ONE, '--fake_lora', 900, '--couple', 1], '--fake_lora 900 is more than down_blocks.0'),
     ([*ONE, '--lora', 4, '--lora_targets', 'nothing'], '--lora_targets nothing: the network has'),
     ([*ONE, '--lora', 4, '--lora_targets', 'norm1'], 'norm1 is no linear layer or convolution'),
     ([*ONE, '--recipe', 'toy-sd3', '--t5'], '--t5: --model assets/toy/sd3 has no T5'),
@@ -786,6 +791,7 @@ REFUSED = [                                                   # command, what th
      'StableDiffusion3Pipeline, QwenImagePipeline, ZImagePipeline. Another is a subclass of Base'),
     ([*TWO, '--init', 'assets/toy/student', '--lora', 4], 'is one of --lora 32 and stays one'),
     ([*TWO, '--init', 'TMP/wide'], 'is of another base model'),
+    ([*TWO, '--init', 'TMP/sound', '--lora_targets', 'to_q'], 'or no student of this --model and'),
     ([*TWO, '--init', 'TMP/sound', '--reward', 'pickscore', '--pickscore', 'TMP/nowhere'],
      '--reward pickscore: TMP/nowhere could not be found'),
     ([*TWO, '--init', 'TMP/sound', '--reward', 'latent', '--lrm', 'assets/toy/lrm'],

@@ -482,6 +482,8 @@ def test_a_state_has_plain_names(group, tmp_path):
     assert torch.equal(other[0].bias, net[0].bias)
     assert torch.equal(average['0.bias'], ema['0.bias'])
     assert m.load_state(state, names | dict(heads={}), others, partly=True) >= {'student'}
+    _, wide, others = pieces(1, width=4)                      # the same names, other shapes
+    assert not m.load_state(state, wide, others, partly=True)
 
 def flip(state):
     """One bit near the end: the file still loads."""

@@ -132,6 +132,9 @@ def test_what_evidence_calls_shown(tmp_path):
     goes. Another machine's work, the second here, adds to what the first one found."""
     page, works = tmp_path / 'results.md', [tmp_path / 'work', tmp_path / 'other']
     values = dict(cmmd=.1, sharpness=9., margin=1., rprecision=.8, cpu=60.)
+    new = tmp_path / 'new/page.md'
+    well(inside('tests/evidence.py', '--write', '--work', tmp_path / 'work', '--results', new))
+    assert new.read_text().count('writes from here') == 1
 
     def put(work, cell, its, pickscore, spectrum):
         (work / 'scores').mkdir(parents=True, exist_ok=True)
@@ -190,7 +193,13 @@ def test_micro_batch_does_not_matter(plain, tmp_path):
     assert not far_from_one_step(run, weights(plain, 2), weights(plain, 4))
 
 def test_check_goes_through_it_all_and_leaves_nothing(tmp_path):
-    done = well(inside(*TRAIN, '--check', '--batch', 2, '--out', tmp_path / 'run'))
+    command = [*TRAIN, '--check', '--batch', 2, '--out', f'{tmp_path}/run/']
+    (tmp_path / 'run-check').mkdir()
+    (tmp_path / 'run-check/mine.txt').write_text('not of a check')
+    assert 'run-check, which has files that no check wrote' in said_no(refused(*command))
+    assert (tmp_path / 'run-check/mine.txt').exists()
+    (tmp_path / 'run-check/args.json').write_text('{"check": true}')            # killed
+    done = well(inside(*command))
     assert re.search(r'plan: [\d.]+ GB a rank', done.stdout)
     assert '    1/1  saved, ' in done.stdout
     assert 'checked in' in done.stdout.splitlines()[-1]
@@ -464,6 +473,26 @@ def test_pictures_are_not_made_twice(evaluated):
     for label, row in result['rows'].items():
         for k in ('clip', 'pickscore', 'cmmd'):
             assert abs(again['rows'][label][k]['value'] - row[k]['value']) < 1e-3
+
+def test_a_student_is_scored_at_its_own_steps(tmp_path):
+    altered(ROOT / STUDENT, tmp_path / 'two', 'student.json', dict(steps=[999, 499]))
+    done = well(inside('evaluate.py', '--ckpt', tmp_path / 'two', '--n', 1, '--metrics', 'sharpness',
+                       '--out', tmp_path / 'a.json'))
+    assert f'| {tmp_path}/two, 2 steps |' in done.stdout
+
+def test_a_pipeline_has_the_guidance_of_its_row(tmp_path):
+    """Also one whose scheduler is a student's."""
+    altered(ROOT / 'assets/toy/sdxl', tmp_path / 'lcm', 'model_index.json',
+            dict(scheduler=['diffusers', 'LCMScheduler']))
+    found = []
+    for cfg in 0, 3:
+        done = well(inside('evaluate.py', '--pipeline', tmp_path / 'lcm', '--teacher_steps', 2,
+                           '--cfg', cfg, '--n', 1, '--metrics', 'sharpness', '--out',
+                           tmp_path / f'{cfg}.json'))
+        assert f'2 steps, CFG {cfg} |' in done.stdout
+        row, = json.loads((tmp_path / f'{cfg}.json').read_text())['rows'].values()
+        found.append(row['sharpness']['value'])
+    assert abs(found[0] - found[1]) > .1
 
 def test_a_metric_without_weights_leaves_the_others(tmp_path):
     """Also that any pipeline can be scored."""
@@ -859,7 +888,7 @@ def broken(tmp_path_factory):
 
     facts = json.loads((toy / 'student/student.json').read_text())
     for name, change in dict(types=dict(steps=4), lost=dict(base_model='no/where/at/all'),
-                             recipe=dict(recipe='cake')).items():
+                             recipe=dict(recipe='cake'), bare=dict(lora=None)).items():
         (folder / f'student_{name}').mkdir()
         (folder / f'student_{name}/student.json').write_text(json.dumps(facts | change))
     for name, content in dict(damaged='{', types='{"batch": [4]}').items():
@@ -887,6 +916,7 @@ BAD = [
     (ONE, ['--iters', 'many'], '--iters: invalid int'),
     (ONE, ['--student_lr', 'nan'], '--student_lr nan must be at least 0, and finite'),
     (ONE, ['--couple', 2], '--couple 2.0 must be at most 1'),
+    (ONE, ['--timeout', 1e9], '--timeout 1000000000.0 must be at most 1000000.0'),
     (ONE, ['--batch', 10, '--micro', 4], '--batch 10 is not a multiple'),
     (ONE, ['--out', 'TMP/a_file/run'], '--out TMP/a_file/run cannot be written'),
     (ONE, ['--out', 'TMP/stateless'], 'state-0000005 is not a state of this script'),
@@ -897,7 +927,7 @@ BAD = [
     (ONE, ['--model', 'some-body/no-such-model', '--force'],
      '--model some-body/no-such-model is not on this machine'),
     (ONE, ['--model', 'some-body/no-such-model', '--grad_checkpointing', '--micro', '1', '--batch',
-           '1'], 'GB on each rank, which has'),
+           '1'], ': more ranks or --lora 64 or --gan_crop 512 or --offload or --cpu_offload may do;'),
     (ONE, ['--model', 'some-body/no-such-model', '--cpu_offload', '--micro', '1', '--batch', '1',
            '--grad_checkpointing', '--gan', 'none', '--offload'],
      '--cpu_offload takes 82.1 GB of main'),
@@ -908,6 +938,7 @@ BAD = [
     (ONE, ['--steps', 1], '--steps 1 gives [999], all on one side'),
     (ONE, ['--gan_crop', 30], '--gan_crop 30 must be a multiple of 8'),
     (ONE, ['--data', 'TMP/nowhere'], '--data TMP/nowhere does not exist'),
+    (ONE, ['--data', ''], '--data  does not exist'),
     (ONE, ['--data', 'TMP/a_file'], '--data TMP/a_file holds no .parquet, no'),
     (ONE, ['--data', 'TMP/notes', '--data_files', '*.x'], 'no picture by the name *.x; give a'),
     (ONE, ['--data', 'some-body/no-such-data'], 'some-body/no-such-data is not on this machine'),
@@ -918,6 +949,7 @@ BAD = [
     (TWO, ['--init', 'TMP/notes'], '--init TMP/notes holds no student'),
     (TWO, ['--init', 'TMP/student_recipe', '--recipe', ''], "its recipe is 'cake'; give --recipe"),
     (TWO, ['--recipe', 'toy-sd3', '--init', ''], '--recipe toy-sd3: the newest student'),
+    (TWO, ['--init', 'TMP/student_bare'], '--init TMP/student_bare is damaged, or no student of'),
     (TWO, ['--init', 'TMP/init_damaged'], 'init_damaged/args.json is damaged'),
     (TWO, ['--init', 'TMP/init_types'], "init_types/args.json is damaged"),
     (ONE, ['--dyna', .5], '--dyna 0.5 scales adapters of the fake score; give --fake_lora'),
@@ -929,8 +961,13 @@ BAD = [
     (TWO, ['--reward', 'latent', 'clip'], 'only rewards of pictures can be added up'),
     (TWO, ['--reward', 'clip', '--reward_weight', 1, 2], '--reward_weight [1.0, 2.0]: give one'),
     (TWO, ['--reward', 'discriminator', '--gan', 'pixel'], '--gan pixel trains none on latents'),
-    (TWO, ['--steps', 1, '--no-split'], '--rl_steps high: none of the steps [999]'),
+    (TWO, ['--steps', 1, '--no-split'], 'is one that gets preference updates; use more --steps'),
     (TWO, ['--lrm', 'TMP/nowhere'], '--lrm TMP/nowhere does not exist'),
+    (TWO, ['--lrm', 'TMP/nowhere', '--prompts_only', 'assets/prompts.txt'],          # no GAN is left
+     '--lrm TMP/nowhere does not exist'),
+    (TWO, ['--prompts_only', 'assets/prompts.txt', '--reward', 'discriminator'], 'none, or --data'),
+    (TWO, ['--lrm', ''], '--lrm  does not exist'),
+    (TWO, ['--goal', 'nan'], '--goal nan must be at least -1'),
     (TWO, ['--lrm', 'TMP/lrm_pickled'], '--lrm TMP/lrm_pickled could not be loaded'),
     (TWO, ['--lrm', 'TMP/lrm_lacking'], '--lrm TMP/lrm_lacking: its unet lacks mid_block'),
     (TWO, ['--lrm', 'TMP/lrm_other'], '--lrm TMP/lrm_other: its unet reads 4 latent channels'),
@@ -943,6 +980,7 @@ BAD = [
     ('sample.py', ['--ckpt', 'TMP/student_types'], '--ckpt TMP/student_types is damaged'),
     ('sample.py', ['--teacher', '--ckpt', 'TMP/student_lost'], '--teacher: the student'),
     ('evaluate.py', ['--n', 100000], '--n 100000'),
+    ('evaluate.py', ['--steps', 1001], '--steps 1001 must be at most 1000'),
     ('evaluate.py', ['--sheet', 'mps'], '--sheet mps is not among --metrics'),
     ('evaluate.py', ['--clip', 'TMP/notes', '--metrics', 'clip'], 'TMP/notes could not be'),
     ('evaluate.py', ['--images', 'TMP/notes'], '--images TMP/notes has no picture'),
@@ -1026,6 +1064,8 @@ def test_help(script):
         for wrong, says in (
                 ('--bach=3', 'there is no flag --bach; did you mean --batch?'),
                 ('--max_train_steps', 'there is no flag --max_train_steps; here that is --iters'),
+                ('--resume', 'here that is none: the same command again resumes'),
+                ('--lr', 'there is no flag --lr; here that is --student_lr'),
                 ('--zzz', 'there is no flag --zzz; see --help')):
             assert says in said_no(refused(script, wrong, '--recipe', 'toy'))
 
