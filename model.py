@@ -2456,17 +2456,17 @@ def first_rows(source, files, limit):
 def load_rows(source, files='', limit=0):
     """A datasets.Dataset of a hub id, of a .parquet or .tar file, or of a folder of such files or
     of pictures, all of it one set, whatever their names; files narrows it to a pattern, limit to
-    the first. Its rows are arrow tables."""
+    the first."""
     import datasets
     path = Path(source)
     if not path.exists() and limit:
         how = dict(source=source, files=files or None, limit=limit)
-        return datasets.Dataset.from_generator(first_rows, gen_kwargs=how).with_format('arrow')
+        return datasets.Dataset.from_generator(first_rows, gen_kwargs=how)
     if not path.exists():
         # a part of a set does not have the sizes that its card tells
         return datasets.load_dataset(
             source, data_files=files or None, split='train',
-            verification_mode='no_checks' if files else None).with_format('arrow')
+            verification_mode='no_checks' if files else None)
     found = [path]
     if path.is_dir():
         names = glob.glob(files or '**/*', root_dir=path, recursive=True)
@@ -2474,11 +2474,11 @@ def load_rows(source, files='', limit=0):
     for suffix, builder in ('.parquet', 'parquet'), ('.tar', 'webdataset'):
         tables = [glob.escape(str(f.resolve())) for f in found if f.suffix == suffix]
         if tables:
-            rows = datasets.load_dataset(builder, data_files=dict(train=tables), split='train')
+            rows = datasets.load_dataset(builder, data_files=tables, split='train')
             break
     else:
         rows = datasets.Dataset.from_dict(picture_folder(path, found, not files))
-    return rows.select(range(min(len(rows), limit or len(rows)))).with_format('arrow')
+    return rows.select(range(min(len(rows), limit or len(rows))))
 
 @functools.lru_cache(4)
 def order_of(seed, epoch, n):
@@ -2509,7 +2509,7 @@ class Pictures:
             die(f'{self.name} does not exist')
         with sentence(f'{self.name} could not be loaded or downloaded; {flag} assets/toy/data runs '
                       'offline'):
-            self.rows = load_rows(source, files, limit)
+            self.rows = load_rows(source, files, limit).with_format('arrow')  # pictures undecoded
         self.home = Path(source) if Path(source).is_dir() else Path(source).parent  # of paths in it
         if not len(self.rows):
             die(f'{self.name} holds no .parquet, no .tar and no picture'
@@ -2580,12 +2580,12 @@ class Pictures:
 
     def _pixels(self, value):
         """A row's picture as a tensor, or why there is none, one of TROUBLE."""
-        value = value if isinstance(value, dict) else dict(bytes=value, path=value)
-        source = value['bytes'] if isinstance(value['bytes'], bytes) else value['path']
+        if isinstance(value, dict):
+            value = value['bytes'] or value['path']
         try:
-            if source is None:
+            if value is None:
                 return 'missing'
-            image = open_picture(source if isinstance(source, bytes) else self.home / source)
+            image = open_picture(value if isinstance(value, bytes) else self.home / value)
         except FileNotFoundError:
             return 'missing'
         except BROKEN:
@@ -2617,12 +2617,11 @@ class Pictures:
         two batches ahead; 0: the caller's own reads when asked."""
         pool = ThreadPoolExecutor(max(1, workers))
         read = pool.map if workers else map
-        its = iter(its)
-        ahead = deque()
+        jobs = (read(self.__getitem__, [it * batch + i for i in mine]) for it in its)
+        ahead = deque(itertools.islice(jobs, 2 if workers else 0))
         try:
             while True:
-                for it in itertools.islice(its, (3 if workers else 1) - len(ahead)):
-                    ahead.append(read(self.__getitem__, [it * batch + i for i in mine]))
+                ahead.extend(itertools.islice(jobs, 1))
                 if not ahead:
                     return
                 samples = list(ahead.popleft())
