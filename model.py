@@ -70,10 +70,10 @@ HERE = Path(__file__).absolute().parent
 # --------------------------------------------------------------------------------------------------
 # flags and errors
 
-def die(message, alone=False):
+def die(message):
     """Ends the run with one sentence for the user and exit code 2: one line per machine, as all
-    ranks come to the same end, unless this rank is alone with its trouble."""
-    if alone or os.environ.get('LOCAL_RANK', '0') == '0':
+    ranks come to the same end."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
     if dist.is_initialized():                  # its threads would hold up, or abort, a usual exit
         sys.stdout.flush()
@@ -110,22 +110,15 @@ class Parser(argparse.ArgumentParser):
     """argparse's for a page: its docstring as help, with each recipe's default of a flag, no
     abbreviated flags, errors in one sentence. recipes: {name: table of defaults}."""
 
-    def __init__(self, doc, recipes):
-        super().__init__(
-            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False, usage='%(prog)s [--flag value ...]')
-        self.recipes = recipes
-
     def format_help(self):
-        tables = self.recipes or {'': {}}
         for action in self._actions:
             shown = {}                                          # {value: the recipes that have it}
-            for name, table in tables.items():
+            for name, table in self.recipes.items():
                 value = table.get(action.dest, action.default)
                 if value not in (None, '', [], argparse.SUPPRESS):
                     value = ' '.join(map(str, value)) if isinstance(value, list) else str(value)
                     shown.setdefault(value, []).append(name)
-            words = [value if len(names) == len(tables) else f'{", ".join(names)}: {value}'
+            words = [value if len(names) == len(self.recipes) else f'{", ".join(names)}: {value}'
                      for value, names in shown.items()]
             if words:
                 action.help = f'{action.help} [{"; ".join(words)}]'.replace('%', '%%')
@@ -155,7 +148,11 @@ def parser(doc, recipes=None):
     """The Parser of a page, from whose first line on Ctrl-C and SIGTERM end in one sentence."""
     sys.excepthook = last_words
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return Parser(doc, recipes or {})
+    p = Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage='%(prog)s [--flag value ...]')
+    p.recipes = recipes or {'': {}}
+    return p
 
 def give_way(p, flag, *others):
     """The defaults of `others` belong to the default of --flag: they become '' in the
