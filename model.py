@@ -322,13 +322,12 @@ def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
 
     t5: of an SD3 pipeline's third text encoder, False leaves it on the disk, True insists on it,
     None takes what is there. base_lora: [file, weight] of a LoRA to merge into it, or nothing.
-    Ends with one sentence when there is no such pipeline.
     """
     import diffusers
     quiet()
     folder = Path(name)
     index = folder / 'model_index.json'
-    if folder.exists() and not folder.is_file() and not index.exists():
+    if folder.is_dir() and not index.exists():
         die(f'{flag} {name} is not a diffusers pipeline folder (it has no model_index.json)')
     if not folder.exists() and not hub_id(name):
         die(f'{flag} {name} does not exist')
@@ -343,26 +342,27 @@ def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
         parts = json.loads(index.read_text()) if index.exists() else {}
         without = {k: None for k in ('text_encoder_3', 'tokenizer_3')
                    if t5 is False or parts.get(k) == [None, None]}
-        load = load_file_of_all if folder.is_file() else functools.partial(
-            of_any_variant, diffusers.DiffusionPipeline, use_safetensors=True)
-        pipe = load(name, dtype=dtype, **without)
+        if folder.is_file():
+            pipe = load_file_of_all(name, dtype, without)
+        else:
+            pipe = from_files(diffusers.DiffusionPipeline, name, dtype=dtype, **without)
     if t5 and not getattr(pipe, 'text_encoder_3', None):
         die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
     if base_lora:
         merge_lora(pipe, base_lora)
     return pipe
 
-def lora_and_weight(words, flag='--base_lora'):
+def lora_and_weight(words):
     """FILE [weight], 1 without -> (file, weight, how many modules it changes), by the file's header
     alone; ends with a sentence where it is no LoRA."""
     file, *rest = map(str, words)
     if not Path(file).is_file():
-        die(f'{flag} {file} is not there, or no file; give a LoRA of the model as one .safetensors '
-            f'file (a run keeps its own in student/{BASE_LORA})')
-    with sentence(f'{flag} {file} {" ".join(rest)} is not a file and one weight'):
+        die(f'--base_lora {file} is not there, or no file; give a LoRA of the model as one '
+            f'.safetensors file (a run keeps its own in student/{BASE_LORA})')
+    with sentence(f'--base_lora {file} {" ".join(rest)} is not a file and one weight'):
         weight, = map(float, rest or [1.])
         assert abs(weight) < float('inf')
-    with sentence(f'{flag} {file} is no plain LoRA in safetensors'):
+    with sentence(f'--base_lora {file} is no plain LoRA in safetensors'):
         names = [*safe_open(file, 'pt').keys()]
         pairs = sum(bool(re.search(r'lora_A|lora_down|lora\w*\.down', k)) for k in names)
         odd = [k for k in names if 'dora_scale' in k or 'magnitude' in k]
@@ -384,8 +384,17 @@ def merge_lora(pipe, base_lora, parts=None):
         pipe.fuse_lora(parts or pipe._lora_loadable_modules, lora_scale=weight, safe_fusing=True)
         pipe.unload_lora_weights()
 
-def of_any_variant(kind, name, **how):
-    """kind.from_pretrained; where there is no plain *.safetensors, of *.fp16.safetensors."""
+def from_files(kind, name, **how):
+    """A pipeline or network of diffusers from a folder or a hub id, of *.fp16.safetensors where
+    there are no others; or from one .safetensors file. What configures that is a model_index.json
+    beside it with its folders, else diffusers' choice by the weights' names, a few kB of the
+    hub's."""
+    if Path(name).is_file():
+        folder = Path(name).absolute().parent
+        if (folder / 'model_index.json').exists():
+            how['config'] = str(folder)
+        return kind.from_single_file(str(name), **how)
+    how['use_safetensors'] = True
     try:
         return kind.from_pretrained(str(name), **how)
     except BAD_FILE as error:
@@ -396,46 +405,32 @@ def of_any_variant(kind, name, **how):
 def class_of(name):
     """The class of a pipeline (folder, hub id, one file) by what of it is on this machine: its
     model_index.json, or the names of a file's weights; '' where there is nothing."""
-    import huggingface_hub as hub
-    path = Path(name)
+    from huggingface_hub import try_to_load_from_cache
     with contextlib.suppress(*BAD_FILE):
-        if path.is_file():
-            sd3 = any('joint_blocks' in name for name in safe_open(path, 'pt').keys())
+        if Path(name).is_file():
+            sd3 = any('joint_blocks' in key for key in safe_open(name, 'pt').keys())
             return 'StableDiffusion3Pipeline' if sd3 else 'StableDiffusionXLPipeline'
-        index = path / 'model_index.json'
-        if not path.exists():
-            index = hub.try_to_load_from_cache(str(name), 'model_index.json')
-        return json.loads(Path(index).read_text())['_class_name']
+        index = Path(name, 'model_index.json')
+        if not index.exists():
+            index = Path(try_to_load_from_cache(str(name), 'model_index.json'))
+        return json.loads(index.read_text())['_class_name']
     return ''
 
-def load_file_of_all(file, dtype, **without):
-    """The pipeline in one .safetensors file, as SDXL's fine-tunes are published. What configures it
-    is a model_index.json beside it with its folders, else diffusers' choice by the weights' names,
-    a few kB of the hub's."""
+def load_file_of_all(file, dtype, without):
+    """The pipeline in one .safetensors file, as SDXL's fine-tunes are published."""
     import diffusers
     names = {*safe_open(file, 'pt').keys()}
     kind = getattr(diffusers, class_of(file))
     dtype = dtype['default'] if isinstance(dtype, dict) else dtype
     without = without if kind is diffusers.StableDiffusion3Pipeline else {}
-    pipe = kind.from_single_file(str(file), dtype=dtype, **beside(file), **without)
-    pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))              # SDXL's: fp32
+    pipe = from_files(kind, file, dtype=dtype, **without)
+    vae = from_files(type(pipe.vae), file, subfolder='vae', dtype=torch.float32)      # SDXL's: fp32
+    pipe.register_modules(vae=vae)
     if 'v_pred' in names:                       # marks of fine-tunes, which diffusers does not read
         pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
             pipe.scheduler.config, prediction_type='v_prediction',
             rescale_betas_zero_snr='ztsnr' in names))
     return pipe
-
-def beside(file):
-    """For from_single_file: the configuration beside a file."""
-    folder = Path(file).absolute().parent
-    return dict(config=str(folder)) if (folder / 'model_index.json').exists() else {}
-
-def load_network(name, kind, part):
-    """The network of a pipeline (a folder, a hub id or one file) once more, with fp32 weights of
-    its own; kind: its class, part: its name in a pipeline."""
-    if not Path(name).is_file():
-        return of_any_variant(kind, name, subfolder=part, dtype=torch.float32)
-    return kind.from_single_file(str(name), subfolder=part, dtype=torch.float32, **beside(name))
 
 def check_sources(args):
     """Ends with one sentence that names all that a training script's run lacks: repositories of the
@@ -504,18 +499,17 @@ def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, b
     """Base of a pipeline folder or hub id. dtype is the teacher's and the text encoders'; the VAE
     stays in fp32, because SDXL's overflows in fp16. t5 and base_lora as for load_pipeline; with
     offload the text encoders wait in main memory between calls."""
-    flag = '--model'
-    pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5, base_lora)
+    pipe = load_pipeline(name, '--model', {'vae': torch.float32, 'default': dtype}, t5, base_lora)
     family = family_of(pipe)
     if family is Base:
-        die(f'{flag} {name} is a {type(pipe).__name__}; this version distils models of '
+        die(f'--model {name} is a {type(pipe).__name__}; this version distils models of '
             f'{", ".join(FAMILIES)}. Another is a subclass of Base in model.py')
     channels, depth = network_of(pipe).config.in_channels, family.depth(pipe)
     if channels != depth:
-        die(f'{flag} {name}: its network reads {channels} channels, its VAE makes {depth} of them; '
-            'models that fill in or edit pictures cannot be distilled')
+        die(f'--model {name}: its network reads {channels} channels, its VAE makes {depth} of '
+            'them; models that fill in or edit pictures cannot be distilled')
     if not isinstance(family.side(pipe), int):
-        die(f'{flag} {name}: its network has no sample_size, or not one number; write it into its '
+        die(f'--model {name}: its network has no sample_size, or not one number; write it into its '
             f'config.json, the side of its pictures / {pipe.vae_scale_factor}')
     return family(str(name), pipe, torch.device(device), offload, base_lora)
 
@@ -636,7 +630,7 @@ class Base:
         from the bf16 teacher, into main memory, from where parallel() takes them; or, given a peft
         LoraConfig, with the teacher's own frozen tensors and new fp32 adapters."""
         if lora is None:
-            net = load_network(self.name, self.network, self.part)
+            net = from_files(self.network, self.name, subfolder=self.part, dtype=torch.float32)
             if self.base_lora:
                 pipe = type(self.pipe)(**self.pipe.components | {self.part: net})
                 merge_lora(pipe, self.base_lora, [self.part])
