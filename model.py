@@ -921,15 +921,14 @@ def trained(net):
 
 @torch.no_grad()
 def load_trained(net, tensors):
-    """Puts {name: value} into trained(net); RuntimeError where names or shapes differ."""
+    """Puts {name: whole tensor} into trained(net), of which a rank may have a share of the rows."""
     own = trained(net)
     odd = sorted(own.keys() ^ tensors.keys())
     odd = odd or [k for k in own if own[k].shape != tensors[k].shape]
-    if odd:
-        raise RuntimeError(f'{len(odd)} tensors are missing, too many or of another shape, '
-                           f'{odd[0]} among them')
+    assert not odd, f'{len(odd)} tensors are missing, too many or of another shape: {odd[0]}...'
     for k, w in own.items():
-        put(w, tensors[k])
+        first, end = rows(w)
+        local(w).copy_(tensors[k][first:end])
 
 def twin(net, dtype=None):
     """A copy of net that shares its frozen parameters and its buffers. dtype, where the copy is not
@@ -1026,20 +1025,20 @@ def build_sam_encoder(state):
     encoder.load_state_dict(state)
     return encoder.requires_grad_(False).eval()
 
-def load_sam_encoder(name, flag='--sam'):
+def load_sam_encoder(name):
     """build_sam_encoder on a checkpoint file, or on vit_b, vit_l, vit_h (downloaded once)."""
-    offline = f'{flag} assets/toy/sam.pth runs offline, --gan latent and --gan none need no SAM'
+    offline = '--sam assets/toy/sam.pth runs offline, --gan latent and --gan none need no SAM'
     if name not in SAM_FILES and not Path(name).exists():
-        die(f'{flag} {name} does not exist; give a segment_anything checkpoint, vit_b, vit_l or '
+        die(f'--sam {name} does not exist; give a segment_anything checkpoint, vit_b, vit_l or '
             f'vit_h ({offline})')
-    with sentence(f'{flag} {name} could not be downloaded, or is no plain state dict of '
-                  f'tensors: truncated, or with pickled code; {offline}'):
+    with sentence(f'--sam {name} could not be downloaded, or is no plain state dict of tensors: '
+                  f'truncated, or with pickled code; {offline}'):
         if name in SAM_FILES:
             state = torch.hub.load_state_dict_from_url(
                 SAM_URL + SAM_FILES[name], map_location='cpu', weights_only=True)
         else:
             state = torch.load(name, map_location='cpu', weights_only=True)
-    with sentence(f'{flag} {name} is not a segment_anything checkpoint (image_encoder tensors '
+    with sentence(f'--sam {name} is not a segment_anything checkpoint (image_encoder tensors '
                   f'missing or misshapen); {offline}'):
         return build_sam_encoder(state)
 
@@ -1140,7 +1139,7 @@ class LatentReward(nn.Module):
         e = y[1].chunk(2)[0][:, -self.dim:].float()                                       # (B, dim)
         return self.logit_scale.float().exp() * F.cosine_similarity(v, e)
 
-def load_latent_reward(name, base, flag='--lrm'):
+def load_latent_reward(name, base):
     """LatentReward, frozen, from a folder in the layout of casiatao/LRM's SDXL model (unet/, of SD3
     transformer/, text_encoder/, text_encoder_2/, state_dict.pt) or hub_id/subfolder."""
     quiet()
@@ -1148,19 +1147,17 @@ def load_latent_reward(name, base, flag='--lrm'):
         die(f'--reward latent: a latent reward scores by the second of two CLIP text encoders, '
             f'{base.name} has none; --reward pickscore reads pictures')
     folder = Path(name)
-    way_out = (f'give {flag} a folder with {base.part}/, text_encoder/, text_encoder_2/ and '
+    way_out = (f'give --lrm a folder with {base.part}/, text_encoder/, text_encoder_2/ and '
                'state_dict.pt; for a base model that has none, train one as tests/make_toy.py '
                'does, or go on with train_stage1.py')
     repo, inside = '/'.join(folder.parts[:2]), folder.parts[2:]
     if not folder.exists() and not hub_id(repo):
-        die(f'{flag} {name} does not exist; {way_out}')
+        die(f'--lrm {name} does not exist; {way_out}')
     dtype = base.teacher.dtype
-    with sentence(f'{flag} {name} could not be loaded or downloaded; {way_out}'):
+    with sentence(f'--lrm {name} could not be loaded or downloaded; {way_out}'):
         if not folder.exists():
-            import huggingface_hub
-            files = '/'.join([*inside, '*'])
-            whole = huggingface_hub.snapshot_download(repo, allow_patterns=files)
-            folder = Path(whole, *inside)
+            from huggingface_hub import snapshot_download
+            folder = Path(snapshot_download(repo, allow_patterns='/'.join([*inside, '*'])), *inside)
         net, info = type(base.teacher).from_pretrained(
             folder / base.part, dtype=dtype, output_loading_info=True)
         texts = [type(getattr(base.pipe, k)).from_pretrained(folder / k, dtype=dtype)
@@ -1170,9 +1167,9 @@ def load_latent_reward(name, base, flag='--lrm'):
         lacking = sorted({*info['missing_keys']} & net.state_dict().keys())
         channels = net.config.in_channels
         if lacking:
-            die(f'{flag} {name}: its {base.part} lacks {lacking[0]} and {len(lacking) - 1} more')
+            die(f'--lrm {name}: its {base.part} lacks {lacking[0]} and {len(lacking) - 1} more')
         if channels != base.latent_shape[0]:
-            die(f'{flag} {name}: its {base.part} reads {channels} latent channels, --model '
+            die(f'--lrm {name}: its {base.part} reads {channels} latent channels, --model '
                 f'{base.name} has {base.latent_shape[0]}')
         state = torch.load(folder / 'state_dict.pt', map_location='cpu', weights_only=True)
         reward.visual_projection.load_state_dict(state['visual_projection'])
@@ -1824,12 +1821,6 @@ def rows(w):
     each = -(-w.shape[0] // w.device_mesh.shape[-1])
     first = min(each * w.device_mesh.get_coordinate()[-1], w.shape[0])
     return first, first + len(w.to_local())
-
-@torch.no_grad()
-def put(w, value):
-    """Puts a whole tensor into a weight, of which this rank may have a share only."""
-    first, end = rows(w)
-    local(w).copy_(value[first:end] if isinstance(w, DTensor) else value)
 
 @torch.no_grad()
 def frozen_copy(base, net, compiled=False):
