@@ -1313,23 +1313,19 @@ def whole_on_rank_0(tensors, dtype):
 COMFYUI = 'comfyui.safetensors'
 BASE_LORA = 'base_lora.safetensors'                  # what was merged into its teacher, --base_lora
 # base models whose licence is known, as model cards on the hub write it
-STABILITY = ('other\nlicense_name: stabilityai-ai-community\n'
-             'license_link: https://huggingface.co/{base}/blob/main/LICENSE.md')
 LICENCES = {'stabilityai/stable-diffusion-xl-': 'openrail++',
-            'stabilityai/stable-diffusion-3': STABILITY, 'Qwen/Qwen-Image': 'apache-2.0',
+            'stabilityai/stable-diffusion-3': 'other', 'Qwen/Qwen-Image': 'apache-2.0',
             'Tongyi-MAI/Z-Image': 'apache-2.0'}
 
 @functools.cache
 def commit():
-    """The commit of this repository, with a + where its pages were edited; '' outside of git."""
-    try:
-        git = ['git', '-C', str(Path(__file__).resolve().parent)]
-        head, edits = (subprocess.run([*git, *words], capture_output=True, text=True, check=True,
-                                      timeout=20).stdout.strip()
-                       for words in (['rev-parse', 'HEAD'], ['status', '--porcelain', '*.py']))
-    except (OSError, subprocess.SubprocessError):
-        return ''
-    return head + ('+' if edits else '')
+    """The commit of this repository, with a + where its files were edited; '' outside of git."""
+    git = ['git', '-C', str(Path(__file__).resolve().parent)]
+    words = ['describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            git + words, text=True, stderr=subprocess.DEVNULL, timeout=20).strip()
+    return ''
 
 def versions():
     """What a result depends on beside its settings: this commit and the libraries' versions."""
@@ -1379,6 +1375,7 @@ def snippet(facts, family):
 def write_facts(folder, facts, family, run):
     """student.json, the base LoRA and the model card of the student in `folder`, and beside it the
     newest pictures and the settings of its run, if `run` is the folder of one."""
+    from huggingface_hub import ModelCardData
     if facts.get('base_lora'):                     # the student's folder is to be whole without it
         file, weight, _ = lora_and_weight(facts['base_lora'])
         if Path(file) != folder / BASE_LORA:
@@ -1386,18 +1383,18 @@ def write_facts(folder, facts, family, run):
         facts = facts | dict(base_lora=[BASE_LORA, weight])
     (folder / 'student.json').write_text(json.dumps(facts, indent=1))
     base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
-    head = ['library_name: diffusers', 'pipeline_tag: text-to-image']
-    licence = next((words.format(base=base) for name, words in LICENCES.items()
-                    if base.startswith(name)), '')
-    if licence:
-        head.append(f'license: {licence}')
+    licence = next((words for name, words in LICENCES.items() if base.startswith(name)), None)
+    head = ModelCardData(
+        library_name='diffusers', pipeline_tag='text-to-image', license=licence,
+        tags=['text-to-image', 'distillation'] + (['lora'] if lora else []))
+    if licence == 'other':
+        head.license_name = 'stabilityai-ai-community'
+        head.license_link = f'https://huggingface.co/{base}/blob/main/LICENSE.md'
     if hub_id(base) and not Path(base).exists():
-        head.append(f'base_model: {base}')
-        head.append(f'base_model_relation: {"adapter" if lora else "finetune"}')
-    tags = ['text-to-image', 'distillation'] + (['lora'] if lora else [])
-    head.append(f'tags: [{", ".join(tags)}]')
+        head.base_model = base
+        head.base_model_relation = 'adapter' if lora else 'finetune'
     times = ', '.join(map(str, facts['steps']))
-    text = ['---', *head, '---', '', f'# {steps}-step student of {base}', '',
+    text = ['---', head.to_yaml(), '---', '', f'# {steps}-step student of {base}', '',
             f'Distilled by Flash-DMD, in the open: recipe {facts["recipe"]}, iteration '
             f'{facts["iteration"]}. It draws in {steps} steps, at t = {times}, without guidance.']
     grids = sorted(run.glob('samples-*.png'))
@@ -1447,8 +1444,8 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 w = w * (scale if 'lora_B' in name else 1)
                 name = f'{base.part}.{name.replace(".default", "")}'
                 adapters[name] = w.to(dtype).contiguous()
-            targets = sorted(lora.target_modules)
-            facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
+            facts['lora'] = dict(
+                rank=lora.r, alpha=lora.lora_alpha, targets=sorted(lora.target_modules))
             words = modelspec(facts, base)
             save_file(adapters, tmp / 'pytorch_lora_weights.safetensors', words)
             if base.part == 'unet':                     # of SD3 they read diffusers' own names
@@ -1463,9 +1460,8 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             for name, part in parts.items():
                 if isinstance(part, nn.Module) and part is not network:
                     parts[name] = on_cpu(part, dtype)
-            for name, value in base.pipe.config.items():
-                if name == 'force_zeros_for_empty_prompt':
-                    parts[name] = value
+            parts |= {name: value for name, value in base.pipe.config.items()
+                      if name == 'force_zeros_for_empty_prompt'}
             type(base.pipe)(**parts).save_pretrained(tmp)
         if base.base_lora:
             (tmp / BASE_LORA).write_bytes(base.base_lora_bytes)
@@ -1486,7 +1482,7 @@ def lora_file(folder, net, flag):
             die(f'{flag} {file} is of another base model: its {k}, {tuple(v.shape)}, does not fit')
     return tensors
 
-def restore_student(base, net, folder, lora, flag='--init'):
+def restore_student(base, net, folder, lora):
     """Puts the weights that save_student wrote into net, of base.trainable(lora)."""
     if lora is None:
         saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
@@ -1494,19 +1490,19 @@ def restore_student(base, net, folder, lora, flag='--init'):
         load_trained(net, {k: w for k, w in saved.named_parameters() if k in own})
         return
     adapters = {}
-    for name, w in lora_file(folder, net, flag).items():
+    for name, w in lora_file(folder, net, '--init').items():
         scale = lora.lora_alpha / lora.r if 'lora_B' in name else 1
         adapters[name.replace('.weight', '.default.weight')] = w.float() / scale
     load_trained(net, adapters)
 
-def load_student(folder, facts, dtype, flag='--ckpt'):
+def load_student(folder, facts, dtype):
     """A student's pipeline with its scheduler: the saved one, or its base model with adapters."""
     if not facts.get('lora'):
-        return load_pipeline(folder, flag, dtype)
-    whose = f'{flag} {folder}: its base model'
+        return load_pipeline(folder, '--ckpt', dtype)
+    whose = f'--ckpt {folder}: its base model'
     pipe = load_pipeline(
         facts['base_model'], whose, dtype, facts.get('t5'), facts.get('base_lora'))
-    lora_file(folder, network_of(pipe), flag)                                    # for its sentence
+    lora_file(folder, network_of(pipe), '--ckpt')                                # for its sentence
     pipe.load_lora_weights(folder)
     tokens = (family_of(pipe).side(pipe) // 2) ** 2
     pipe.scheduler = few_step_scheduler(pipe.scheduler, tokens)
