@@ -38,6 +38,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -714,8 +715,7 @@ class Base:
                     prompts[k:k + micro], num_inference_steps=steps, latents=latents,
                     output_type='latent', **self.called(self.pipe, cfg, len(latents))).images
             found.append(self.pictures(self.unpack(z).float()))
-        if dist.get_rank() == 0:
-            print(f"the teacher's pictures: {steps} steps, {time.time() - began:.1f} s", flush=True)
+        print0(f"the teacher's pictures: {steps} steps, {time.time() - began:.1f} s")
         return torch.cat(found)
 
     def features(self, net, xt, t, y):
@@ -1590,9 +1590,7 @@ def writable_folder(path, flag):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f'.probe{os.getpid()}'
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         die(f'{flag} {path} cannot be written ({error.strerror}); choose another folder')
     return path
@@ -1685,11 +1683,11 @@ def launch(minutes):
 def last_words(kind, error, trace):
     """sys.excepthook: Ctrl-C, another rank's end, a full disk and data that is gone are known ends,
     and a sentence. At a normal exit the process group would wait for those who are gone."""
-    words = ''
     if isinstance(error, KeyboardInterrupt):
-        words = ('told to stop; what was saved is whole, and the same command goes on from '
-                 'there, or begins anew')
-    elif isinstance(error, Unreadable):
+        print('\ntold to stop; what was saved is whole, and the same command goes on from there, '
+              'or begins anew', flush=True)
+        os._exit(130)
+    if isinstance(error, Unreadable):
         words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         words = (f'{error.filename or "--out"}: {error.strerror}, by the disk, a quota or the '
@@ -1697,12 +1695,9 @@ def last_words(kind, error, trace):
     elif isinstance(error, dist.DistError) or 'gloo' in str(error):
         words = ('another rank is lost, and its own last words say why; run again to go on from '
                  'the last save, if there is one')
-    if not words:
+    else:
         return sys.__excepthook__(kind, error, trace)
     rank = f'rank {dist.get_rank()}: ' if dist.is_initialized() else ''
-    if isinstance(error, KeyboardInterrupt):
-        print(f'\n{words}', flush=True)
-        os._exit(130)
     print(f'error: {rank}{words}', file=sys.stderr, flush=True)
     os._exit(2)
 
@@ -1736,17 +1731,16 @@ def leave():
     sys.stderr.flush()
     os._exit(0)
 
-def any_rank(flag, device):
-    """Whether flag is true on any rank, the same answer on all; ranks meet here."""
-    flag = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return flag.item() > 0
-
 def gathered(value):
-    """The list of every rank's value, any object that can be pickled."""
+    """The list of every rank's value, any object that can be pickled; ranks meet here."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+def print0(words):
+    """print() on rank 0 alone, at once."""
+    if os.environ.get('RANK', '0') == '0':
+        print(words, flush=True)
 
 # layers whose weights are gathered together, by the names of their classes in diffusers
 BLOCKS = ('BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock',
@@ -1838,7 +1832,7 @@ def check_alike(it, weights):
     for name, tensors in weights.items():
         bits = [w.detach().view(torch.int32).sum(dtype=torch.int64) for w in tensors.values()
                 if not isinstance(w, DTensor)]
-        sums[name] = sum(bits, torch.zeros((), dtype=torch.int64)).item()
+        sums[name] = int(sum(bits))
     for rank, other in enumerate(gathered(sums)):
         names = [name for name in sums if other[name] != sums[name]]
         if names:
@@ -1877,15 +1871,14 @@ VAE, SAM, HEADS, PICTURE, LOOK, FLIGHT = .0837e9, .0897e9, .0233e9, (13.1, 30.7)
 
 def stored(folder):
     """{part: parameters} of a pipeline folder, by the headers of its safetensors files."""
-    found = {}
+    found = Counter()
     files = {*Path(folder).glob('*/*.safetensors')}
     for file in files:
         if file.with_name(file.name.replace('.fp16.', '.')) in files - {file}:
             continue                                            # the same weights a second time
-        sizes = []
         with contextlib.suppress(*BAD_FILE), safe_open(file, 'pt') as f:    # loading it says more
-            sizes = [int(np.prod(f.get_slice(key).get_shape())) for key in f.keys()]
-        found[file.parent.name] = found.get(file.parent.name, 0) + sum(sizes)
+            sizes = [math.prod(f.get_slice(key).get_shape()) for key in f.keys()]
+            found[file.parent.name] += sum(sizes)
     return found
 
 def gigabytes(args, world, here, cuda):
@@ -1899,9 +1892,9 @@ def gigabytes(args, world, here, cuda):
     counted = True
     if Path(args.model).is_dir():
         parts = stored(args.model)
-        net = parts.get('unet', 0) + parts.get('transformer', 0)
+        net = parts['unet'] + parts['transformer']
         texts = sum(n for part, n in parts.items() if part.startswith('text_encoder'))
-        vae = parts.get('vae', 0)
+        vae = parts['vae']
         counted = abs(net / size.net - 1) < .1
     per_rank = size.adapters * net / size.net
     own = args.lora * per_rank or net
@@ -1972,9 +1965,8 @@ def default_recipe(parser, recipes):
     room = card(torch.device('cuda'))
     if total < .95 * room:                            # the allocator and NCCL want some as well
         return 'sdxl'
-    if os.environ.get('RANK', '0') == '0':
-        print(f'SDXL takes {total:.1f} GB on each of {world} cards, which have {room:.1f}: the toy '
-              'in its place. --recipe sdxl --lora 64 --gan_crop 512 takes less, more ranks do')
+    print0(f'SDXL takes {total:.1f} GB on each of {world} cards, which have {room:.1f}: the toy '
+           'in its place. --recipe sdxl --lora 64 --gan_crop 512 takes less, more ranks do')
     return 'toy'
 
 def plan(args, out, device):
@@ -1990,15 +1982,12 @@ def plan(args, out, device):
     disk = 3 * need['state'] + 2 * need['student']
     held = [file.stat().st_size for file in out.glob('*/*') if file.is_file()]
     free = (shutil.disk_usage(out).free + sum(held)) / 1e9
-    if dist.get_rank() == 0:
-        more = f'{need["activations"]:.1f} activations'
-        more = more if need['counted'] else 'activations not counted at this size'
-        aside = ''
-        if need['main']:
-            aside = f', {need["main"]:.1f} GB of main memory of {main:.1f}'
-        print(f'plan: {total:.1f} GB a rank ({need["frozen"]:.1f} frozen, {need["trained"]:.1f} '
-              f'trained, {more}), which has {room:.1f}{aside}; {disk:.1f} GB of disk, of which '
-              f'{free:.1f} are free', flush=True)
+    more = f'{need["activations"]:.1f} activations'
+    more = more if need['counted'] else 'activations not counted at this size'
+    aside = f', {need["main"]:.1f} GB of main memory of {main:.1f}' if need['main'] else ''
+    print0(f'plan: {total:.1f} GB a rank ({need["frozen"]:.1f} frozen, {need["trained"]:.1f} '
+           f'trained, {more}), which has {room:.1f}{aside}; {disk:.1f} GB of disk, of which '
+           f'{free:.1f} are free')
     if args.force:
         return total
     if total > room:
