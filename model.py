@@ -43,7 +43,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -2045,8 +2045,7 @@ def save_state(out, it, args, weights, opts, last, save_student):
     began = time.time()
     check_alike(it, weights)
     rank = dist.get_rank()
-    with torch.no_grad():
-        tensors = pieces(weights, opts)
+    tensors = pieces(weights, opts)
     # the student's files are at most as large as its fp32 weights
     need = sum(gathered(sum(x.nbytes for x in tensors.values())))
     need += sum(w.nbytes for w in weights['student'].values())
@@ -2086,9 +2085,8 @@ def save_state(out, it, args, weights, opts, last, save_student):
         for old in states_of(out)[:-2]:
             remove(old)
     if not trouble:
-        if rank == 0:
-            seconds = time.time() - began
-            print(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB, {seconds:.1f} s', flush=True)
+        seconds = time.time() - began
+        print0(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB, {seconds:.1f} s')
         return
     free = shutil.disk_usage(out).free
     words = f'--out {out}: the save at iteration {it} failed ({trouble})'
@@ -2101,8 +2099,7 @@ def save_state(out, it, args, weights, opts, last, save_student):
         words += '; the save before it stays'
     if last or args.disk_full == 'stop':
         die(f'{words}; {way_out} and run again')
-    if rank == 0:
-        print(f'{words}, going on to the next', flush=True)
+    print0(f'{words}, going on to the next')
 
 def crc(file):
     """CRC-32 of a file: it finds what disks and copies do to files, and costs less than SHA-256."""
@@ -2137,25 +2134,20 @@ def newest_state(folder, flag='--out', own=True):
             sound = state
             break
         damaged.append(state)
-        if dist.get_rank() == 0:
-            print(f'{state} is damaged ({wrong}): the one before it, if there is one', flush=True)
+        print0(f'{state} is damaged ({wrong}): the one before it, if there is one')
     if damaged and not sound:
         die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
     for state in damaged if own and dist.get_rank() == 0 else ():
-        aside = Path(f'{state}.damaged')
-        remove(aside)
-        os.replace(state, aside)
+        os.replace(state, f'{state}.damaged')
     return sound
 
 def find_state(out, args):
     """The newest sound state of this run, or None. Ends with a sentence where --out holds another
     run or a finished one; settings that differ from the saved ones are printed."""
-    saved = states_of(out)
-    if saved and dist.get_rank() == 0:
-        print(f'resuming {saved[-1]}, of iteration {iteration_of(saved[-1])}', flush=True)
     state = newest_state(out)
     if state is None:
         return None
+    print0(f'resuming {state}, of iteration {iteration_of(state)}')
     with sentence(f'{state} is not a state of this script; choose another --out'):
         saved = json.loads((state / 'state.json').read_text())
         old, new = saved['args'], settings(args)
@@ -2166,21 +2158,20 @@ def find_state(out, args):
                 die(f'--out {out} holds a run of --{key} {old.get(key, none)}, not {new[key]}; '
                     'choose another --out')
     if saved['iteration'] >= new['iters']:
-        if dist.get_rank() == 0:
-            print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
-                  'nothing is changed: give more --iters to go on, another --out for a new run')
+        print0(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
+               'nothing is changed: give more --iters to go on, another --out for a new run')
         leave()
-    changed = [key for key in old.keys() & new.keys() if old[key] != new[key]]
-    if dist.get_rank() == 0:
-        for key in sorted(changed):
-            print(f'--{key} is {new[key]} now, was {old[key]}')
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            print0(f'--{key} is {new[key]} now, was {old[key]}')
     return state
 
 @torch.no_grad()
 def load_state(state, weights, opts, partly=False):
     """Puts a saved state into weights and optimisers, of which each rank reads its own rows;
     returns the names of the networks found. partly: others may be missing, or of other weights."""
-    found = {}                        # {network: {weight's name: {kind: [(first row, file, key)]}}}
+    # {network: {weight's name: {kind: [(first row, file, key)]}}}
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     if state is None:
         return found.keys()
     with sentence(f'{state} does not fit these networks; choose another --out or --init'):
@@ -2189,8 +2180,7 @@ def load_state(state, weights, opts, partly=False):
             for key in file.keys():
                 place, _, first = key.partition('@')
                 net, kind, name = place.replace('/', '.', 1).split('.', 2)
-                kinds = found.setdefault(net, {}).setdefault(name, {})
-                kinds.setdefault(kind, []).append((int(first or 0), file, key))
+                found[net][name][kind].append((int(first or 0), file, key))
         if partly:                                   # another kind of discriminator, adapters
             found = {net: kinds for net, kinds in found.items()
                      if net in weights and kinds.keys() == weights[net].keys()}
@@ -2202,11 +2192,10 @@ def load_state(state, weights, opts, partly=False):
             for i, (name, w) in enumerate(named.items()):
                 kinds = found[net][name]
                 fill(w, kinds.pop('weight'), name)
-                if kinds:
-                    moments[i] = {kind: torch.zeros_like(w) for kind in kinds if kind != 'step'}
-                    moments[i]['step'] = torch.zeros(())
-                    for kind, value in moments[i].items():
-                        fill(value, kinds[kind], name)
+                moments[i] = {kind: torch.zeros(()) if kind == 'step' else torch.zeros_like(w)
+                              for kind in kinds}
+                for kind, value in moments[i].items():
+                    fill(value, kinds[kind], name)
             if net in opts:
                 opts[net].load_state_dict(opts[net].state_dict() | dict(state=moments))
     return found.keys()
