@@ -387,9 +387,8 @@ def merge_lora(pipe, base_lora, parts=None):
 
 def from_files(kind, name, **how):
     """A pipeline or network of diffusers from a folder or a hub id, of *.fp16.safetensors where
-    there are no others; or from one .safetensors file. What configures that is a model_index.json
-    beside it with its folders, else diffusers' choice by the weights' names, a few kB of the
-    hub's."""
+    there are no others; or from one .safetensors file, configured by a model_index.json beside it
+    and its folders, else by diffusers' choice from the weights' names, a few kB of the hub's."""
     if Path(name).is_file():
         folder = Path(name).absolute().parent
         if (folder / 'model_index.json').exists():
@@ -963,10 +962,8 @@ def lora_config(net, rank, alpha, targets):
     if not rank:
         return None
     ends = ATTENTION if targets == 'attention' else [x.strip() for x in targets.split(',')]
-    found = {}
-    for name, layer in net.named_modules():
-        if any(f'.{name}'.endswith(f'.{end}') for end in ends):
-            found[name] = layer
+    found = {name: layer for name, layer in net.named_modules()
+             if any(f'.{name}'.endswith(f'.{end}') for end in ends)}
     way_out = "give the ends of modules' names, with commas, or attention"
     if not found:
         die(f'--lora_targets {targets}: the network has no such module; {way_out}')
@@ -1142,7 +1139,6 @@ class LatentReward(nn.Module):
 def load_latent_reward(name, base):
     """LatentReward, frozen, from a folder in the layout of casiatao/LRM's SDXL model (unet/, of SD3
     transformer/, text_encoder/, text_encoder_2/, state_dict.pt) or hub_id/subfolder."""
-    quiet()
     if not hasattr(base.pipe, 'text_encoder_2'):
         die(f'--reward latent: a latent reward scores by the second of two CLIP text encoders, '
             f'{base.name} has none; --reward pickscore reads pictures')
@@ -1275,12 +1271,12 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     how = family_of(pipe).called(pipe, 0. if few else cfg, len(streams))
     if kind.__name__ == 'LCMScheduler':
         how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
-    else:
-        how['num_inference_steps'] = steps
-    if few and kind.__name__ != 'LCMScheduler':
+    elif few:
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
         # flows' pipelines do not hand their generators on to the scheduler
         pipe.scheduler.step = functools.partial(kind.step, pipe.scheduler, generator=streams)
+    else:
+        how['num_inference_steps'] = steps
     out = pipe(list(prompts), generator=streams, output_type='pt', **how)
     return out.images.float().cpu()
 
@@ -1703,8 +1699,7 @@ def last_words(kind, error, trace):
 
 def hear():
     """From here on Ctrl-C and SIGTERM do not end the process, but put an entry into the list that
-    is returned. A second Ctrl-C does; torchrun repeats the first to its ranks at once, which is
-    none."""
+    is returned. A second Ctrl-C does, but not torchrun's repetition of the first to its ranks."""
     told = []
 
     def note(number, frame):
@@ -1840,11 +1835,10 @@ def check_alike(it, weights):
                 f'those on rank {dist.get_rank()}, a bug or a faulty device; nothing of this '
                 'iteration was saved')
 
-def update(opt, net, clip=1.):
-    """Clips net's gradients to norm `clip` and steps; a non-finite gradient is dropped instead, and
-    as gradients are averaged over ranks, on every rank alike. Returns the norm before clipping, or
-    None when dropped."""
-    norm = nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], clip)
+def update(opt, net):
+    """Clips net's gradients to norm 1, steps and returns the norm before; a non-finite gradient is
+    dropped instead (None), and as gradients are averaged over ranks, on every rank alike."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     sound = torch.isfinite(norm)
     if sound:
@@ -1955,10 +1949,8 @@ def default_recipe(parser, recipes):
     'toy', with a line that says so."""
     if not torch.cuda.is_available():
         return 'toy'
-    with_sdxl = copy.deepcopy(parser)
-    with_sdxl.set_defaults(**recipes['sdxl'])
-    args = with_sdxl.parse_known_args()[0]
-    args.recipe = 'sdxl'
+    as_sdxl = argparse.Namespace(**recipes['sdxl'], recipe='sdxl')   # which go before defaults
+    args = parser.parse_known_args(namespace=as_sdxl)[0]
     world, here = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
     need = gigabytes(args, world, here, True)
     total = need['frozen'] + need['trained'] + need['activations']
