@@ -38,11 +38,12 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -70,10 +71,10 @@ HERE = Path(__file__).absolute().parent
 # --------------------------------------------------------------------------------------------------
 # flags and errors
 
-def die(message, alone=False):
+def die(message):
     """Ends the run with one sentence for the user and exit code 2: one line per machine, as all
-    ranks come to the same end, unless this rank is alone with its trouble."""
-    if alone or os.environ.get('LOCAL_RANK', '0') == '0':
+    ranks come to the same end."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {message}', file=sys.stderr, flush=True)
     if dist.is_initialized():                  # its threads would hold up, or abort, a usual exit
         sys.stdout.flush()
@@ -111,22 +112,15 @@ class Parser(argparse.ArgumentParser):
     """argparse's for a page: its docstring as help, with each recipe's default of a flag, no
     abbreviated flags, errors in one sentence. recipes: {name: table of defaults}."""
 
-    def __init__(self, doc, recipes):
-        super().__init__(
-            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False, usage='%(prog)s [--flag value ...]')
-        self.recipes = recipes
-
     def format_help(self):
-        tables = self.recipes or {'': {}}
         for action in self._actions:
             shown = {}                                          # {value: the recipes that have it}
-            for name, table in tables.items():
+            for name, table in self.recipes.items():
                 value = table.get(action.dest, action.default)
                 if value not in (None, '', [], argparse.SUPPRESS):
                     value = ' '.join(map(str, value)) if isinstance(value, list) else str(value)
                     shown.setdefault(value, []).append(name)
-            words = [value if len(names) == len(tables) else f'{", ".join(names)}: {value}'
+            words = [value if len(names) == len(self.recipes) else f'{", ".join(names)}: {value}'
                      for value, names in shown.items()]
             if words:
                 action.help = f'{action.help} [{"; ".join(words)}]'.replace('%', '%%')
@@ -156,7 +150,11 @@ def parser(doc, recipes=None):
     """The Parser of a page, from whose first line on Ctrl-C and SIGTERM end in one sentence."""
     sys.excepthook = last_words
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return Parser(doc, recipes or {})
+    p = Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage='%(prog)s [--flag value ...]')
+    p.recipes = recipes or {'': {}}
+    return p
 
 def give_way(p, flag, *others):
     """The defaults of `others` belong to the default of --flag: they become '' in the
@@ -326,13 +324,12 @@ def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
 
     t5: of an SD3 pipeline's third text encoder, False leaves it on the disk, True insists on it,
     None takes what is there. base_lora: [file, weight] of a LoRA to merge into it, or nothing.
-    Ends with one sentence when there is no such pipeline.
     """
     import diffusers
     quiet()
     folder = Path(name)
     index = folder / 'model_index.json'
-    if folder.exists() and not folder.is_file() and not index.exists():
+    if folder.is_dir() and not index.exists():
         die(f'{flag} {name} is not a diffusers pipeline folder (it has no model_index.json)')
     if not folder.exists() and not hub_id(name):
         die(f'{flag} {name} does not exist')
@@ -347,26 +344,27 @@ def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
         parts = json.loads(index.read_text()) if index.exists() else {}
         without = {k: None for k in ('text_encoder_3', 'tokenizer_3')
                    if t5 is False or parts.get(k) == [None, None]}
-        load = load_file_of_all if folder.is_file() else functools.partial(
-            of_any_variant, diffusers.DiffusionPipeline, use_safetensors=True)
-        pipe = load(name, dtype=dtype, **without)
+        if folder.is_file():
+            pipe = load_file_of_all(name, dtype, without)
+        else:
+            pipe = from_files(diffusers.DiffusionPipeline, name, dtype=dtype, **without)
     if t5 and not getattr(pipe, 'text_encoder_3', None):
         die(f'--t5: {flag} {name} has no T5 text encoder; leave --t5 away, or use --no-t5')
     if base_lora:
         merge_lora(pipe, base_lora)
     return pipe
 
-def lora_and_weight(words, flag='--base_lora'):
+def lora_and_weight(words):
     """FILE [weight], 1 without -> (file, weight, how many modules it changes), by the file's header
     alone; ends with a sentence where it is no LoRA."""
     file, *rest = map(str, words)
     if not Path(file).is_file():
-        die(f'{flag} {file} is not there, or no file; give a LoRA of the model as one .safetensors '
-            f'file (a run keeps its own in student/{BASE_LORA})')
-    with sentence(f'{flag} {file} {" ".join(rest)} is not a file and one weight'):
+        die(f'--base_lora {file} is not there, or no file; give a LoRA of the model as one '
+            f'.safetensors file (a run keeps its own in student/{BASE_LORA})')
+    with sentence(f'--base_lora {file} {" ".join(rest)} is not a file and one weight'):
         weight, = map(float, rest or [1.])
         assert abs(weight) < float('inf')
-    with sentence(f'{flag} {file} is no plain LoRA in safetensors'):
+    with sentence(f'--base_lora {file} is no plain LoRA in safetensors'):
         names = [*safe_open(file, 'pt').keys()]
         pairs = sum(bool(re.search(r'lora_A|lora_down|lora\w*\.down', k)) for k in names)
         odd = [k for k in names if 'dora_scale' in k or 'magnitude' in k]
@@ -388,8 +386,16 @@ def merge_lora(pipe, base_lora, parts=None):
         pipe.fuse_lora(parts or pipe._lora_loadable_modules, lora_scale=weight, safe_fusing=True)
         pipe.unload_lora_weights()
 
-def of_any_variant(kind, name, **how):
-    """kind.from_pretrained; where there is no plain *.safetensors, of *.fp16.safetensors."""
+def from_files(kind, name, **how):
+    """A pipeline or network of diffusers from a folder or a hub id, of *.fp16.safetensors where
+    there are no others; or from one .safetensors file, configured by a model_index.json beside it
+    and its folders, else by diffusers' choice from the weights' names, a few kB of the hub's."""
+    if Path(name).is_file():
+        folder = Path(name).absolute().parent
+        if (folder / 'model_index.json').exists():
+            how['config'] = str(folder)
+        return kind.from_single_file(str(name), **how)
+    how['use_safetensors'] = True
     try:
         return kind.from_pretrained(str(name), **how)
     except BAD_FILE as error:
@@ -400,46 +406,32 @@ def of_any_variant(kind, name, **how):
 def class_of(name):
     """The class of a pipeline (folder, hub id, one file) by what of it is on this machine: its
     model_index.json, or the names of a file's weights; '' where there is nothing."""
-    import huggingface_hub as hub
-    path = Path(name)
+    from huggingface_hub import try_to_load_from_cache
     with contextlib.suppress(*BAD_FILE):
-        if path.is_file():
-            sd3 = any('joint_blocks' in name for name in safe_open(path, 'pt').keys())
+        if Path(name).is_file():
+            sd3 = any('joint_blocks' in key for key in safe_open(name, 'pt').keys())
             return 'StableDiffusion3Pipeline' if sd3 else 'StableDiffusionXLPipeline'
-        index = path / 'model_index.json'
-        if not path.exists():
-            index = hub.try_to_load_from_cache(str(name), 'model_index.json')
-        return json.loads(Path(index).read_text())['_class_name']
+        index = Path(name, 'model_index.json')
+        if not index.exists():
+            index = Path(try_to_load_from_cache(str(name), 'model_index.json'))
+        return json.loads(index.read_text())['_class_name']
     return ''
 
-def load_file_of_all(file, dtype, **without):
-    """The pipeline in one .safetensors file, as SDXL's fine-tunes are published. What configures it
-    is a model_index.json beside it with its folders, else diffusers' choice by the weights' names,
-    a few kB of the hub's."""
+def load_file_of_all(file, dtype, without):
+    """The pipeline in one .safetensors file, as SDXL's fine-tunes are published."""
     import diffusers
     names = {*safe_open(file, 'pt').keys()}
     kind = getattr(diffusers, class_of(file))
     dtype = dtype['default'] if isinstance(dtype, dict) else dtype
     without = without if kind is diffusers.StableDiffusion3Pipeline else {}
-    pipe = kind.from_single_file(str(file), dtype=dtype, **beside(file), **without)
-    pipe.register_modules(vae=load_network(file, type(pipe.vae), 'vae'))              # SDXL's: fp32
+    pipe = from_files(kind, file, dtype=dtype, **without)
+    vae = from_files(type(pipe.vae), file, subfolder='vae', dtype=torch.float32)      # SDXL's: fp32
+    pipe.register_modules(vae=vae)
     if 'v_pred' in names:                       # marks of fine-tunes, which diffusers does not read
         pipe.register_modules(scheduler=type(pipe.scheduler).from_config(
             pipe.scheduler.config, prediction_type='v_prediction',
             rescale_betas_zero_snr='ztsnr' in names))
     return pipe
-
-def beside(file):
-    """For from_single_file: the configuration beside a file."""
-    folder = Path(file).absolute().parent
-    return dict(config=str(folder)) if (folder / 'model_index.json').exists() else {}
-
-def load_network(name, kind, part):
-    """The network of a pipeline (a folder, a hub id or one file) once more, with fp32 weights of
-    its own; kind: its class, part: its name in a pipeline."""
-    if not Path(name).is_file():
-        return of_any_variant(kind, name, subfolder=part, dtype=torch.float32)
-    return kind.from_single_file(str(name), subfolder=part, dtype=torch.float32, **beside(name))
 
 def check_sources(args):
     """Ends with one sentence that names all that a training script's run lacks: repositories of the
@@ -508,18 +500,17 @@ def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, b
     """Base of a pipeline folder or hub id. dtype is the teacher's and the text encoders'; the VAE
     stays in fp32, because SDXL's overflows in fp16. t5 and base_lora as for load_pipeline; with
     offload the text encoders wait in main memory between calls."""
-    flag = '--model'
-    pipe = load_pipeline(name, flag, {'vae': torch.float32, 'default': dtype}, t5, base_lora)
+    pipe = load_pipeline(name, '--model', {'vae': torch.float32, 'default': dtype}, t5, base_lora)
     family = family_of(pipe)
     if family is Base:
-        die(f'{flag} {name} is a {type(pipe).__name__}; this version distils models of '
+        die(f'--model {name} is a {type(pipe).__name__}; this version distils models of '
             f'{", ".join(FAMILIES)}. Another is a subclass of Base in model.py')
     channels, depth = network_of(pipe).config.in_channels, family.depth(pipe)
     if channels != depth:
-        die(f'{flag} {name}: its network reads {channels} channels, its VAE makes {depth} of them; '
-            'models that fill in or edit pictures cannot be distilled')
+        die(f'--model {name}: its network reads {channels} channels, its VAE makes {depth} of '
+            'them; models that fill in or edit pictures cannot be distilled')
     if not isinstance(family.side(pipe), int):
-        die(f'{flag} {name}: its network has no sample_size, or not one number; write it into its '
+        die(f'--model {name}: its network has no sample_size, or not one number; write it into its '
             f'config.json, the side of its pictures / {pipe.vae_scale_factor}')
     return family(str(name), pipe, torch.device(device), offload, base_lora)
 
@@ -640,7 +631,7 @@ class Base:
         from the bf16 teacher, into main memory, from where parallel() takes them; or, given a peft
         LoraConfig, with the teacher's own frozen tensors and new fp32 adapters."""
         if lora is None:
-            net = load_network(self.name, self.network, self.part)
+            net = from_files(self.network, self.name, subfolder=self.part, dtype=torch.float32)
             if self.base_lora:
                 pipe = type(self.pipe)(**self.pipe.components | {self.part: net})
                 merge_lora(pipe, self.base_lora, [self.part])
@@ -724,8 +715,7 @@ class Base:
                     prompts[k:k + micro], num_inference_steps=steps, latents=latents,
                     output_type='latent', **self.called(self.pipe, cfg, len(latents))).images
             found.append(self.pictures(self.unpack(z).float()))
-        if dist.get_rank() == 0:
-            print(f"the teacher's pictures: {steps} steps, {time.time() - began:.1f} s", flush=True)
+        print0(f"the teacher's pictures: {steps} steps, {time.time() - began:.1f} s")
         return torch.cat(found)
 
     def features(self, net, xt, t, y):
@@ -931,15 +921,14 @@ def trained(net):
 
 @torch.no_grad()
 def load_trained(net, tensors):
-    """Puts {name: value} into trained(net); RuntimeError where names or shapes differ."""
+    """Puts {name: whole tensor} into trained(net), of which a rank may have a share of the rows."""
     own = trained(net)
     odd = sorted(own.keys() ^ tensors.keys())
     odd = odd or [k for k in own if own[k].shape != tensors[k].shape]
-    if odd:
-        raise RuntimeError(f'{len(odd)} tensors are missing, too many or of another shape, '
-                           f'{odd[0]} among them')
+    assert not odd, f'{len(odd)} tensors are missing, too many or of another shape: {odd[0]}...'
     for k, w in own.items():
-        put(w, tensors[k])
+        first, end = rows(w)
+        local(w).copy_(tensors[k][first:end])
 
 def twin(net, dtype=None):
     """A copy of net that shares its frozen parameters and its buffers. dtype, where the copy is not
@@ -974,10 +963,8 @@ def lora_config(net, rank, alpha, targets, flag='--lora'):
     if not rank:
         return None
     ends = ATTENTION if targets == 'attention' else [x.strip() for x in targets.split(',')]
-    found = {}
-    for name, layer in net.named_modules():
-        if any(f'.{name}'.endswith(f'.{end}') for end in ends):
-            found[name] = layer
+    found = {name: layer for name, layer in net.named_modules()
+             if any(f'.{name}'.endswith(f'.{end}') for end in ends)}
     way_out = "give the ends of modules' names, with commas, or attention"
     if not found:
         die(f'--lora_targets {targets}: the network has no such module; {way_out}')
@@ -1036,20 +1023,20 @@ def build_sam_encoder(state):
     encoder.load_state_dict(state)
     return encoder.requires_grad_(False).eval()
 
-def load_sam_encoder(name, flag='--sam'):
+def load_sam_encoder(name):
     """build_sam_encoder on a checkpoint file, or on vit_b, vit_l, vit_h (downloaded once)."""
-    offline = f'{flag} assets/toy/sam.pth runs offline, --gan latent and --gan none need no SAM'
+    offline = '--sam assets/toy/sam.pth runs offline, --gan latent and --gan none need no SAM'
     if name not in SAM_FILES and not Path(name).exists():
-        die(f'{flag} {name} does not exist; give a segment_anything checkpoint, vit_b, vit_l or '
+        die(f'--sam {name} does not exist; give a segment_anything checkpoint, vit_b, vit_l or '
             f'vit_h ({offline})')
-    with sentence(f'{flag} {name} could not be downloaded, or is no plain state dict of '
-                  f'tensors: truncated, or with pickled code; {offline}'):
+    with sentence(f'--sam {name} could not be downloaded, or is no plain state dict of tensors: '
+                  f'truncated, or with pickled code; {offline}'):
         if name in SAM_FILES:
             state = torch.hub.load_state_dict_from_url(
                 SAM_URL + SAM_FILES[name], map_location='cpu', weights_only=True)
         else:
             state = torch.load(name, map_location='cpu', weights_only=True)
-    with sentence(f'{flag} {name} is not a segment_anything checkpoint (image_encoder tensors '
+    with sentence(f'--sam {name} is not a segment_anything checkpoint (image_encoder tensors '
                   f'missing or misshapen); {offline}'):
         return build_sam_encoder(state)
 
@@ -1150,27 +1137,24 @@ class LatentReward(nn.Module):
         e = y[1].chunk(2)[0][:, -self.dim:].float()                                       # (B, dim)
         return self.logit_scale.float().exp() * F.cosine_similarity(v, e)
 
-def load_latent_reward(name, base, flag='--lrm'):
+def load_latent_reward(name, base):
     """LatentReward, frozen, from a folder in the layout of casiatao/LRM's SDXL model (unet/, of SD3
     transformer/, text_encoder/, text_encoder_2/, state_dict.pt) or hub_id/subfolder."""
-    quiet()
     if not hasattr(base.pipe, 'text_encoder_2'):
         die(f'--reward latent: a latent reward scores by the second of two CLIP text encoders, '
             f'{base.name} has none; --reward pickscore reads pictures')
     folder = Path(name)
-    way_out = (f'give {flag} a folder with {base.part}/, text_encoder/, text_encoder_2/ and '
+    way_out = (f'give --lrm a folder with {base.part}/, text_encoder/, text_encoder_2/ and '
                'state_dict.pt; for a base model that has none, train one as tests/make_toy.py '
                'does, or go on with train_stage1.py')
     repo, inside = '/'.join(folder.parts[:2]), folder.parts[2:]
     if not name or not folder.exists() and not hub_id(repo):
-        die(f'{flag} {name} does not exist; {way_out}')
+        die(f'--lrm {name} does not exist; {way_out}')
     dtype = base.teacher.dtype
-    with sentence(f'{flag} {name} could not be loaded or downloaded; {way_out}'):
+    with sentence(f'--lrm {name} could not be loaded or downloaded; {way_out}'):
         if not folder.exists():
-            import huggingface_hub
-            files = '/'.join([*inside, '*'])
-            whole = huggingface_hub.snapshot_download(repo, allow_patterns=files)
-            folder = Path(whole, *inside)
+            from huggingface_hub import snapshot_download
+            folder = Path(snapshot_download(repo, allow_patterns='/'.join([*inside, '*'])), *inside)
         net, info = type(base.teacher).from_pretrained(
             folder / base.part, dtype=dtype, output_loading_info=True)
         texts = [type(getattr(base.pipe, k)).from_pretrained(folder / k, dtype=dtype)
@@ -1180,9 +1164,9 @@ def load_latent_reward(name, base, flag='--lrm'):
         lacking = sorted({*info['missing_keys']} & net.state_dict().keys())
         channels = net.config.in_channels
         if lacking:
-            die(f'{flag} {name}: its {base.part} lacks {lacking[0]} and {len(lacking) - 1} more')
+            die(f'--lrm {name}: its {base.part} lacks {lacking[0]} and {len(lacking) - 1} more')
         if channels != base.latent_shape[0]:
-            die(f'{flag} {name}: its {base.part} reads {channels} latent channels, --model '
+            die(f'--lrm {name}: its {base.part} reads {channels} latent channels, --model '
                 f'{base.name} has {base.latent_shape[0]}')
         state = torch.load(folder / 'state_dict.pt', map_location='cpu', weights_only=True)
         reward.visual_projection.load_state_dict(state['visual_projection'])
@@ -1289,12 +1273,12 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     how = family_of(pipe).called(pipe, cfg, len(streams))
     if kind.__name__ == 'LCMScheduler':
         how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
-    else:
-        how['num_inference_steps'] = steps
-    if few and kind.__name__ != 'LCMScheduler':
+    elif few:
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
         # flows' pipelines do not hand their generators on to the scheduler
         pipe.scheduler.step = functools.partial(kind.step, pipe.scheduler, generator=streams)
+    else:
+        how['num_inference_steps'] = steps
     out = pipe(list(prompts), generator=streams, output_type='pt', **how)
     return out.images.float().cpu()
 
@@ -1327,23 +1311,19 @@ def whole_on_rank_0(tensors, dtype):
 COMFYUI = 'comfyui.safetensors'
 BASE_LORA = 'base_lora.safetensors'                  # what was merged into its teacher, --base_lora
 # base models whose licence is known, as model cards on the hub write it
-STABILITY = ('other\nlicense_name: stabilityai-ai-community\n'
-             'license_link: https://huggingface.co/{base}/blob/main/LICENSE.md')
 LICENCES = {'stabilityai/stable-diffusion-xl-': 'openrail++',
-            'stabilityai/stable-diffusion-3': STABILITY, 'Qwen/Qwen-Image': 'apache-2.0',
+            'stabilityai/stable-diffusion-3': 'other', 'Qwen/Qwen-Image': 'apache-2.0',
             'Tongyi-MAI/Z-Image': 'apache-2.0'}
 
 @functools.cache
 def commit():
-    """The commit of this repository, with a + where its pages were edited; '' outside of git."""
-    try:
-        git = ['git', '-C', str(Path(__file__).resolve().parent)]
-        head, edits = (subprocess.run([*git, *words], capture_output=True, text=True, check=True,
-                                      timeout=20).stdout.strip()
-                       for words in (['rev-parse', 'HEAD'], ['status', '--porcelain', '*.py']))
-    except (OSError, subprocess.SubprocessError):
-        return ''
-    return head + ('+' if edits else '')
+    """The commit of this repository, with a + where its files were edited; '' outside of git."""
+    git = ['git', '-C', str(Path(__file__).resolve().parent)]
+    words = ['describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            git + words, text=True, stderr=subprocess.DEVNULL, timeout=20).strip()
+    return ''
 
 def versions():
     """What a result depends on beside its settings: this commit and the libraries' versions."""
@@ -1393,6 +1373,7 @@ def snippet(facts, family):
 def write_facts(folder, facts, family, run):
     """student.json, the base LoRA and the model card of the student in `folder`, and beside it the
     newest pictures and the settings of its run, if `run` is the folder of one."""
+    from huggingface_hub import ModelCardData
     if facts.get('base_lora'):                     # the student's folder is to be whole without it
         file, weight, _ = lora_and_weight(facts['base_lora'])
         if Path(file) != folder / BASE_LORA:
@@ -1400,18 +1381,18 @@ def write_facts(folder, facts, family, run):
         facts = facts | dict(base_lora=[BASE_LORA, weight])
     (folder / 'student.json').write_text(json.dumps(facts, indent=1))
     base, lora, steps = facts['base_model'], facts.get('lora'), len(facts['steps'])
-    head = ['library_name: diffusers', 'pipeline_tag: text-to-image']
-    licence = next((words.format(base=base) for name, words in LICENCES.items()
-                    if base.startswith(name)), '')
-    if licence:
-        head.append(f'license: {licence}')
+    licence = next((words for name, words in LICENCES.items() if base.startswith(name)), None)
+    head = ModelCardData(
+        library_name='diffusers', pipeline_tag='text-to-image', license=licence,
+        tags=['text-to-image', 'distillation'] + (['lora'] if lora else []))
+    if licence == 'other':
+        head.license_name = 'stabilityai-ai-community'
+        head.license_link = f'https://huggingface.co/{base}/blob/main/LICENSE.md'
     if hub_id(base) and not Path(base).exists():
-        head.append(f'base_model: {base}')
-        head.append(f'base_model_relation: {"adapter" if lora else "finetune"}')
-    tags = ['text-to-image', 'distillation'] + (['lora'] if lora else [])
-    head.append(f'tags: [{", ".join(tags)}]')
+        head.base_model = base
+        head.base_model_relation = 'adapter' if lora else 'finetune'
     times = ', '.join(map(str, facts['steps']))
-    text = ['---', *head, '---', '', f'# {steps}-step student of {base}', '',
+    text = ['---', head.to_yaml(), '---', '', f'# {steps}-step student of {base}', '',
             f'Distilled by Flash-DMD, in the open: recipe {facts["recipe"]}, iteration '
             f'{facts["iteration"]}. It draws in {steps} steps, at t = {times}, without guidance.']
     grids = sorted(run.glob('samples-*.png'))
@@ -1461,8 +1442,8 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
                 w = w * (scale if 'lora_B' in name else 1)
                 name = f'{base.part}.{name.replace(".default", "")}'
                 adapters[name] = w.to(dtype).contiguous()
-            targets = sorted(lora.target_modules)
-            facts['lora'] = dict(rank=lora.r, alpha=lora.lora_alpha, targets=targets)
+            facts['lora'] = dict(
+                rank=lora.r, alpha=lora.lora_alpha, targets=sorted(lora.target_modules))
             words = modelspec(facts, base)
             save_file(adapters, tmp / 'pytorch_lora_weights.safetensors', words)
             if base.part == 'unet':                     # of SD3 they read diffusers' own names
@@ -1477,9 +1458,8 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             for name, part in parts.items():
                 if isinstance(part, nn.Module) and part is not network:
                     parts[name] = on_cpu(part, dtype)
-            for name, value in base.pipe.config.items():
-                if name == 'force_zeros_for_empty_prompt':
-                    parts[name] = value
+            parts |= {name: value for name, value in base.pipe.config.items()
+                      if name == 'force_zeros_for_empty_prompt'}
             type(base.pipe)(**parts).save_pretrained(tmp)
         if base.base_lora:
             (tmp / BASE_LORA).write_bytes(base.base_lora_bytes)
@@ -1500,29 +1480,29 @@ def lora_file(folder, net, flag):
             die(f'{flag} {file} is of another base model: its {k}, {tuple(v.shape)}, does not fit')
     return tensors
 
-def restore_student(base, net, folder, lora, flag='--init'):
+def restore_student(base, net, folder, lora):
     """Puts the weights that save_student wrote into net, of base.trainable(lora)."""
-    with sentence(f'{flag} {folder} is damaged, or no student of this --model and these '
-                  f'--lora_targets; leave both away, or choose another {flag}'):
+    with sentence(f'--init {folder} is damaged, or no student of this --model and these '
+                  '--lora_targets; leave both away, or choose another --init'):
         if lora is None:
             saved = base.network.from_pretrained(folder, subfolder=base.part, dtype=torch.float32)
             own = trained(net)
             load_trained(net, {k: w for k, w in saved.named_parameters() if k in own})
             return
         adapters = {}
-        for name, w in lora_file(folder, net, flag).items():
+        for name, w in lora_file(folder, net, '--init').items():
             scale = lora.lora_alpha / lora.r if 'lora_B' in name else 1
             adapters[name.replace('.weight', '.default.weight')] = w.float() / scale
         load_trained(net, adapters)
 
-def load_student(folder, facts, dtype, flag='--ckpt'):
+def load_student(folder, facts, dtype):
     """A student's pipeline with its scheduler: the saved one, or its base model with adapters."""
     if not facts.get('lora'):
-        return load_pipeline(folder, flag, dtype)
-    whose = f'{flag} {folder}: its base model'
+        return load_pipeline(folder, '--ckpt', dtype)
+    whose = f'--ckpt {folder}: its base model'
     pipe = load_pipeline(
         facts['base_model'], whose, dtype, facts.get('t5'), facts.get('base_lora'))
-    lora_file(folder, network_of(pipe), flag)                                    # for its sentence
+    lora_file(folder, network_of(pipe), '--ckpt')                                # for its sentence
     pipe.load_lora_weights(folder)
     tokens = (family_of(pipe).side(pipe) // 2) ** 2
     pipe.scheduler = few_step_scheduler(pipe.scheduler, tokens)
@@ -1610,9 +1590,7 @@ def writable_folder(path, flag):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f'.probe{os.getpid()}'
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         die(f'{flag} {path} cannot be written ({error.strerror}); choose another folder')
     return path
@@ -1717,11 +1695,11 @@ def launch(minutes):
 def last_words(kind, error, trace):
     """sys.excepthook: Ctrl-C, another rank's end, a full disk and data that is gone are known ends,
     and a sentence. At a normal exit the process group would wait for those who are gone."""
-    words = ''
     if isinstance(error, KeyboardInterrupt):
-        words = ('told to stop; what was saved is whole, and the same command goes on from '
-                 'there, or begins anew')
-    elif isinstance(error, Unreadable):
+        print('\ntold to stop; what was saved is whole, and the same command goes on from there, '
+              'or begins anew', flush=True)
+        os._exit(130)
+    if isinstance(error, Unreadable):
         words = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         words = (f'{error.filename or "--out"}: {error.strerror}, by the disk, a quota or the '
@@ -1729,19 +1707,15 @@ def last_words(kind, error, trace):
     elif isinstance(error, dist.DistError) or 'gloo' in str(error):
         words = ('another rank is lost, and its own last words say why; run again to go on from '
                  'the last save, if there is one')
-    if not words:
+    else:
         return sys.__excepthook__(kind, error, trace)
     rank = f'rank {dist.get_rank()}: ' if dist.is_initialized() else ''
-    if isinstance(error, KeyboardInterrupt):
-        print(f'\n{words}', flush=True)
-        os._exit(130)
     print(f'error: {rank}{words}', file=sys.stderr, flush=True)
     os._exit(2)
 
 def hear():
     """From here on Ctrl-C and SIGTERM do not end the process, but put an entry into the list that
-    is returned. A second Ctrl-C does; torchrun repeats the first to its ranks at once, which is
-    none."""
+    is returned. A second Ctrl-C does, but not torchrun's repetition of the first to its ranks."""
     told = []
 
     def note(number, frame):
@@ -1768,17 +1742,16 @@ def leave():
     sys.stderr.flush()
     os._exit(0)
 
-def any_rank(flag, device):
-    """Whether flag is true on any rank, the same answer on all; ranks meet here."""
-    flag = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return flag.item() > 0
-
 def gathered(value):
-    """The list of every rank's value, any object that can be pickled."""
+    """The list of every rank's value, any object that can be pickled; ranks meet here."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+def print0(words):
+    """print() on rank 0 alone, at once."""
+    if os.environ.get('RANK', '0') == '0':
+        print(words, flush=True)
 
 # layers whose weights are gathered together, by the names of their classes in diffusers
 BLOCKS = ('BasicTransformerBlock', 'ResnetBlock2D', 'JointTransformerBlock',
@@ -1851,12 +1824,6 @@ def rows(w):
     return first, first + len(w.to_local())
 
 @torch.no_grad()
-def put(w, value):
-    """Puts a whole tensor into a weight, of which this rank may have a share only."""
-    first, end = rows(w)
-    local(w).copy_(value[first:end] if isinstance(w, DTensor) else value)
-
-@torch.no_grad()
 def frozen_copy(base, net, compiled=False):
     """A frozen copy of net, as it is now, in the teacher's dtype; it shares net's frozen weights,
     and is sharded where net is."""
@@ -1876,7 +1843,7 @@ def check_alike(it, weights):
     for name, tensors in weights.items():
         bits = [w.detach().view(torch.int32).sum(dtype=torch.int64) for w in tensors.values()
                 if not isinstance(w, DTensor)]
-        sums[name] = sum(bits, torch.zeros((), dtype=torch.int64)).item()
+        sums[name] = int(sum(bits))
     for rank, other in enumerate(gathered(sums)):
         names = [name for name in sums if other[name] != sums[name]]
         if names:
@@ -1884,11 +1851,10 @@ def check_alike(it, weights):
                 f'those on rank {dist.get_rank()}, a bug or a faulty device; nothing of this '
                 'iteration was saved')
 
-def update(opt, net, clip=1.):
-    """Clips net's gradients to norm `clip` and steps; a non-finite gradient is dropped instead, and
-    as gradients are averaged over ranks, on every rank alike. Returns the norm before clipping, or
-    None when dropped."""
-    norm = nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], clip)
+def update(opt, net):
+    """Clips net's gradients to norm 1, steps and returns the norm before; a non-finite gradient is
+    dropped instead (None), and as gradients are averaged over ranks, on every rank alike."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     sound = torch.isfinite(norm)
     if sound:
@@ -1915,15 +1881,14 @@ VAE, SAM, HEADS, PICTURE, LOOK, FLIGHT = .0837e9, .0897e9, .0233e9, (13.1, 30.7)
 
 def stored(folder):
     """{part: parameters} of a pipeline folder, by the headers of its safetensors files."""
-    found = {}
+    found = Counter()
     files = {*Path(folder).glob('*/*.safetensors')}
     for file in files:
         if file.with_name(file.name.replace('.fp16.', '.')) in files - {file}:
             continue                                            # the same weights a second time
-        sizes = []
         with contextlib.suppress(*BAD_FILE), safe_open(file, 'pt') as f:    # loading it says more
-            sizes = [int(np.prod(f.get_slice(key).get_shape())) for key in f.keys()]
-        found[file.parent.name] = found.get(file.parent.name, 0) + sum(sizes)
+            sizes = [math.prod(f.get_slice(key).get_shape()) for key in f.keys()]
+            found[file.parent.name] += sum(sizes)
     return found
 
 def gigabytes(args, world, here, cuda):
@@ -1937,9 +1902,9 @@ def gigabytes(args, world, here, cuda):
     counted = True
     if Path(args.model).is_dir():
         parts = stored(args.model)
-        net = parts.get('unet', 0) + parts.get('transformer', 0)
+        net = parts['unet'] + parts['transformer']
         texts = sum(n for part, n in parts.items() if part.startswith('text_encoder'))
-        vae = parts.get('vae', 0)
+        vae = parts['vae']
         counted = abs(net / size.net - 1) < .1
     per_rank = size.adapters * net / size.net
     own = args.lora * per_rank or net
@@ -2007,19 +1972,16 @@ def default_recipe(parser, recipes):
     'toy', with a line that says so."""
     if not torch.cuda.is_available():
         return 'toy'
-    with_sdxl = copy.deepcopy(parser)
-    with_sdxl.set_defaults(**recipes['sdxl'])
-    args = with_sdxl.parse_known_args()[0]
-    args.recipe = 'sdxl'
+    as_sdxl = argparse.Namespace(**recipes['sdxl'], recipe='sdxl')   # which go before defaults
+    args = parser.parse_known_args(namespace=as_sdxl)[0]
     world, here = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
     need = gigabytes(args, world, here, True)
     total = need['frozen'] + need['trained'] + need['activations']
     room = card(torch.device('cuda'))
     if total < .95 * room:                            # the allocator and NCCL want some as well
         return 'sdxl'
-    if os.environ.get('RANK', '0') == '0':
-        print(f'SDXL takes {total:.1f} GB on each of {world} cards, which have {room:.1f}: the toy '
-              'in its place. --recipe sdxl --lora 64 --gan_crop 512 takes less, more ranks do')
+    print0(f'SDXL takes {total:.1f} GB on each of {world} cards, which have {room:.1f}: the toy '
+           'in its place. --recipe sdxl --lora 64 --gan_crop 512 takes less, more ranks do')
     return 'toy'
 
 def plan(args, out, device):
@@ -2035,15 +1997,12 @@ def plan(args, out, device):
     disk = 3 * need['state'] + 2 * need['student']
     held = [file.stat().st_size for file in out.glob('*/*') if file.is_file()]
     free = (shutil.disk_usage(out).free + sum(held)) / 1e9
-    if dist.get_rank() == 0:
-        more = f'{need["activations"]:.1f} activations'
-        more = more if need['counted'] else 'activations not counted at this size'
-        aside = ''
-        if need['main']:
-            aside = f', {need["main"]:.1f} GB of main memory of {main:.1f}'
-        print(f'plan: {total:.1f} GB a rank ({need["frozen"]:.1f} frozen, {need["trained"]:.1f} '
-              f'trained, {more}), which has {room:.1f}{aside}; {disk:.1f} GB of disk, of which '
-              f'{free:.1f} are free', flush=True)
+    more = f'{need["activations"]:.1f} activations'
+    more = more if need['counted'] else 'activations not counted at this size'
+    aside = f', {need["main"]:.1f} GB of main memory of {main:.1f}' if need['main'] else ''
+    print0(f'plan: {total:.1f} GB a rank ({need["frozen"]:.1f} frozen, {need["trained"]:.1f} '
+           f'trained, {more}), which has {room:.1f}{aside}; {disk:.1f} GB of disk, of which '
+           f'{free:.1f} are free')
     if args.force:
         return total
     if total > room:
@@ -2110,8 +2069,7 @@ def save_state(out, it, args, weights, opts, last, save_student):
     began = time.time()
     check_alike(it, weights)
     rank = dist.get_rank()
-    with torch.no_grad():
-        tensors = pieces(weights, opts)
+    tensors = pieces(weights, opts)
     # the student's files are at most as large as its fp32 weights
     need = sum(gathered(sum(x.nbytes for x in tensors.values())))
     need += sum(w.nbytes for w in weights['student'].values())
@@ -2151,9 +2109,8 @@ def save_state(out, it, args, weights, opts, last, save_student):
         for old in states_of(out)[:-2]:
             remove(old)
     if not trouble:
-        if rank == 0:
-            seconds = time.time() - began
-            print(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB, {seconds:.1f} s', flush=True)
+        seconds = time.time() - began
+        print0(f'{it:5d}/{args.iters}  saved, {need / 1e9:.2f} GB, {seconds:.1f} s')
         return
     free = shutil.disk_usage(out).free
     words = f'--out {out}: the save at iteration {it} failed ({trouble})'
@@ -2166,8 +2123,7 @@ def save_state(out, it, args, weights, opts, last, save_student):
         words += '; the save before it stays'
     if last or args.disk_full == 'stop':
         die(f'{words}; {way_out} and run again')
-    if rank == 0:
-        print(f'{words}, going on to the next', flush=True)
+    print0(f'{words}, going on to the next')
 
 def crc(file):
     """CRC-32 of a file: it finds what disks and copies do to files, and costs less than SHA-256."""
@@ -2202,25 +2158,20 @@ def newest_state(folder, flag='--out', own=True):
             sound = state
             break
         damaged.append(state)
-        if dist.get_rank() == 0:
-            print(f'{state} is damaged ({wrong}): the one before it, if there is one', flush=True)
+        print0(f'{state} is damaged ({wrong}): the one before it, if there is one')
     if damaged and not sound:
         die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
     for state in damaged if own and dist.get_rank() == 0 else ():
-        aside = Path(f'{state}.damaged')
-        remove(aside)
-        os.replace(state, aside)
+        os.replace(state, f'{state}.damaged')
     return sound
 
 def find_state(out, args):
     """The newest sound state of this run, or None. Ends with a sentence where --out holds another
     run or a finished one; settings that differ from the saved ones are printed."""
-    saved = states_of(out)
-    if saved and dist.get_rank() == 0:
-        print(f'resuming {saved[-1]}, of iteration {iteration_of(saved[-1])}', flush=True)
     state = newest_state(out)
     if state is None:
         return None
+    print0(f'resuming {state}, of iteration {iteration_of(state)}')
     with sentence(f'{state} is not a state of this script; choose another --out'):
         saved = json.loads((state / 'state.json').read_text())
         old, new = saved['args'], settings(args)
@@ -2231,21 +2182,20 @@ def find_state(out, args):
                 die(f'--out {out} holds a run of --{key} {old.get(key, none)}, not {new[key]}; '
                     'choose another --out')
     if saved['iteration'] >= new['iters']:
-        if dist.get_rank() == 0:
-            print(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
-                  'nothing is changed: give more --iters to go on, another --out for a new run')
+        print0(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
+               'nothing is changed: give more --iters to go on, another --out for a new run')
         leave()
-    changed = [key for key in old.keys() & new.keys() if old[key] != new[key]]
-    if dist.get_rank() == 0:
-        for key in sorted(changed):
-            print(f'--{key} is {new[key]} now, was {old[key]}')
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            print0(f'--{key} is {new[key]} now, was {old[key]}')
     return state
 
 @torch.no_grad()
 def load_state(state, weights, opts, partly=False):
     """Puts a saved state into weights and optimisers, of which each rank reads its own rows;
     returns the names of the networks found. partly: others may be missing, or of other weights."""
-    found = {}                        # {network: {weight's name: {kind: [(first row, file, key)]}}}
+    # {network: {weight's name: {kind: [(first row, file, key)]}}}
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     if state is None:
         return found.keys()
     with sentence(f'{state} does not fit these networks; choose another --out or --init'):
@@ -2254,8 +2204,7 @@ def load_state(state, weights, opts, partly=False):
             for key in file.keys():
                 place, _, first = key.partition('@')
                 net, kind, name = place.replace('/', '.', 1).split('.', 2)
-                kinds = found.setdefault(net, {}).setdefault(name, {})
-                kinds.setdefault(kind, []).append((int(first or 0), file, key))
+                found[net][name][kind].append((int(first or 0), file, key))
         if partly:                                   # another kind of discriminator, adapters
             found = {net: kinds for net, kinds in found.items()
                      if net in weights and {k: whole_shape(v['weight']) for k, v in kinds.items()}
@@ -2268,15 +2217,14 @@ def load_state(state, weights, opts, partly=False):
             assert not once or found[net].keys() == named.keys(), f'it has other weights of {net}'
             moments = {}
             for i, (name, w) in enumerate(named.items()):
-                kinds = found.get(net, {}).get(name, {})
+                kinds = found[net][name]
                 if once:
                     fill(w, kinds.pop('weight'), name)
                 seen.add(id(w))
-                if kinds:
-                    moments[i] = {kind: torch.zeros_like(w) for kind in kinds if kind != 'step'}
-                    moments[i]['step'] = torch.zeros(())
-                    for kind, value in moments[i].items():
-                        fill(value, kinds[kind], name)
+                moments[i] = {kind: torch.zeros(()) if kind == 'step' else torch.zeros_like(w)
+                              for kind in kinds}
+                for kind, value in moments[i].items():
+                    fill(value, kinds[kind], name)
             if net in opts:
                 opts[net].load_state_dict(opts[net].state_dict() | dict(state=moments))
     return found.keys()
@@ -2498,17 +2446,17 @@ def first_rows(source, files, limit):
 def load_rows(source, files='', limit=0):
     """A datasets.Dataset of a hub id, of a .parquet or .tar file, or of a folder of such files or
     of pictures, all of it one set, whatever their names; files narrows it to a pattern, limit to
-    the first. Its rows are arrow tables."""
+    the first."""
     import datasets
     path = Path(source)
     if not path.exists() and limit:
         how = dict(source=source, files=files or None, limit=limit)
-        return datasets.Dataset.from_generator(first_rows, gen_kwargs=how).with_format('arrow')
+        return datasets.Dataset.from_generator(first_rows, gen_kwargs=how)
     if not path.exists():
         # a part of a set does not have the sizes that its card tells
         return datasets.load_dataset(
             source, data_files=files or None, split='train',
-            verification_mode='no_checks' if files else None).with_format('arrow')
+            verification_mode='no_checks' if files else None)
     found = [path]
     if path.is_dir():
         names = glob.glob(files or '**/*', root_dir=path, recursive=True)
@@ -2516,11 +2464,11 @@ def load_rows(source, files='', limit=0):
     for suffix, builder in ('.parquet', 'parquet'), ('.tar', 'webdataset'):
         tables = [glob.escape(str(f.resolve())) for f in found if f.suffix == suffix]
         if tables:
-            rows = datasets.load_dataset(builder, data_files=dict(train=tables), split='train')
+            rows = datasets.load_dataset(builder, data_files=tables, split='train')
             break
     else:
         rows = datasets.Dataset.from_dict(picture_folder(path, found, not files))
-    return rows.select(range(min(len(rows), limit or len(rows)))).with_format('arrow')
+    return rows.select(range(min(len(rows), limit or len(rows))))
 
 @functools.lru_cache(4)
 def order_of(seed, epoch, n):
@@ -2551,7 +2499,7 @@ class Pictures:
             die(f'{self.name} does not exist')
         with sentence(f'{self.name} could not be loaded or downloaded; {flag} assets/toy/data runs '
                       'offline'):
-            self.rows = load_rows(source, files, limit)
+            self.rows = load_rows(source, files, limit).with_format('arrow')  # pictures undecoded
         self.home = Path(source) if Path(source).is_dir() else Path(source).parent  # of paths in it
         if not len(self.rows):
             die(f'{self.name} holds no .parquet, no .tar and no picture'
@@ -2622,12 +2570,12 @@ class Pictures:
 
     def _pixels(self, value):
         """A row's picture as a tensor, or why there is none, one of TROUBLE."""
-        value = value if isinstance(value, dict) else dict(bytes=value, path=value)
-        source = value['bytes'] if isinstance(value['bytes'], bytes) else value['path']
+        if isinstance(value, dict):
+            value = value['bytes'] or value['path']
         try:
-            if source is None:
+            if value is None:
                 return 'missing'
-            image = open_picture(source if isinstance(source, bytes) else self.home / source)
+            image = open_picture(value if isinstance(value, bytes) else self.home / value)
         except FileNotFoundError:
             return 'missing'
         except BROKEN:
@@ -2659,12 +2607,11 @@ class Pictures:
         two batches ahead; 0: the caller's own reads when asked."""
         pool = ThreadPoolExecutor(max(1, workers))
         read = pool.map if workers else map
-        its = iter(its)
-        ahead = deque()
+        jobs = (read(self.__getitem__, [it * batch + i for i in mine]) for it in its)
+        ahead = deque(itertools.islice(jobs, 2 if workers else 0))
         try:
             while True:
-                for it in itertools.islice(its, (3 if workers else 1) - len(ahead)):
-                    ahead.append(read(self.__getitem__, [it * batch + i for i in mine]))
+                ahead.extend(itertools.islice(jobs, 1))
                 if not ahead:
                     return
                 samples = list(ahead.popleft())

@@ -182,8 +182,7 @@ if args.dyna and not args.fake_lora:
 if args.fake_lora and args.couple < 1:
     m.die(f'--couple {args.couple}: adapters of --fake_lora are not coupled; give --couple 1')
 rank, world, device = m.launch(args.timeout + 5)
-if rank == 0:
-    print(f'recipe {recipe}: {args.model} -> {args.out}, {world} x {device.type}', flush=True)
+m.print0(f'recipe {recipe}: {args.model} -> {args.out}, {world} x {device.type}')
 if args.cpu_offload and args.lora:
     m.die('--cpu_offload is for networks trained whole: leave it away, or --lora')
 args.micro = min(args.micro, max(1, args.batch // world))
@@ -209,8 +208,7 @@ else:
     pictures = m.Pictures(                                  # of a size that the model will tell
         args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
         limit=args.data_limit)
-if rank == 0:
-    print(pictures.said, flush=True)
+m.print0(pictures.said)
 
 # -- networks --------------------------------------------------------------------------------------
 # base.teacher, frozen; student and fake score, copies of it; the discriminator's heads
@@ -256,10 +254,8 @@ opts = {}
 for name, named in weights.items():
     opts[name] = torch.optim.AdamW(
         named.values(), lr=rates[name], betas=(.9, .999), weight_decay=.01, fused=True)
-if rank == 0:
-    count = sum(w.numel() for w in weights['student'].values()) / 1e6
-    print(f'networks: {count:.3g} M trained parameters in the student, {time.time() - began:.1f} s',
-          flush=True)
+count = sum(w.numel() for w in weights['student'].values()) / 1e6
+m.print0(f'networks: {count:.3g} M trained parameters in the student, {time.time() - began:.1f} s')
 # --------------------------------------------------------------------------------------------------
 
 m.load_state(state, weights, opts)
@@ -370,7 +366,7 @@ for it in range(start, args.iters + 1):
     # a hung rank ends by itself, with the line at which it stands
     faulthandler.dump_traceback_later(60 * args.timeout, exit=True)
     # all ranks leave after the same iteration, whichever was told to
-    stop = m.any_rank(told, device) or it == args.iters
+    stop = any(m.gathered(bool(told))) or it == args.iters
     if args.sample_every and (it % args.sample_every == 0 or it == args.iters):
         with torch.compiler.set_stance('force_eager'):        # compiled graphs are of whole --micro
             row = m.student_pictures(base, student, steps, prompts, grid_noise, args.micro)
