@@ -78,6 +78,8 @@ RECIPES |= {
 # adapters learn at other rates than whole networks
 LORA_RATES = dict(
     sdxl=dict(student_lr=5e-5, fake_lr=5e-5), toy=dict(student_lr=1e-3, fake_lr=2e-3))
+WHOLE_RATES = dict.fromkeys(['sd3', 'qwen', 'zimage'], dict(student_lr=1e-6, fake_lr=1e-6))
+WHOLE_RATES |= dict(toy=dict(student_lr=1e-4, fake_lr=4e-4))
 
 p = m.parser(__doc__, RECIPES)
 flag = p.add_argument_group('what is run').add_argument
@@ -166,6 +168,8 @@ if chosen.gan == 'latent':
     p.set_defaults(gan_weight=DMD2['gan_weight'])
 if chosen.lora and not RECIPES[recipe].get('lora'):
     p.set_defaults(**LORA_RATES[recipe.split('-')[0]])
+if RECIPES[recipe].get('lora') and not chosen.lora:
+    p.set_defaults(**WHOLE_RATES[recipe.split('-')[0]])
 args = p.parse_args()
 args.recipe = recipe
 if args.check:

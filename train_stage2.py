@@ -82,6 +82,9 @@ RECIPES['toy-sd3'] = RECIPES['toy'] | SD3 | dict(
 LORA_RATES = dict(
     sdxl=dict(student_lr=5e-5, fake_lr=5e-5, rl_lr=1e-5),
     toy=dict(student_lr=2e-4, fake_lr=5e-4, rl_lr=1e-4))
+WHOLE_RATES = dict.fromkeys(
+    ['sd3', 'qwen', 'zimage'], dict(student_lr=1e-6, fake_lr=1e-6, rl_lr=1e-6))
+WHOLE_RATES['toy-sd3'] = dict(student_lr=2e-5, fake_lr=1e-4, rl_lr=1e-5)
 # with --rl grpo, and with AdvDMD's reward, whose paper has no numbers: all of these are ours
 GRPO = dict(rl_ratio=1, rl_steps='all')
 ADVDMD = dict(gan='latent', gan_weight=0., split=False, ttur=2, couple=1.)
@@ -209,8 +212,7 @@ with m.sentence(f'--init: {file} is damaged; choose another --init'):
     odd = [name for name, value in handed.items() if isinstance(value, (list, dict))]
     assert not odd, f'{odd} cannot be'
 p.set_defaults(**RECIPES[recipe], out=m.default_out(2, chosen.recipe))
-if adapters['rank']:
-    p.set_defaults(**LORA_RATES.get(recipe, {}))
+p.set_defaults(**(LORA_RATES if adapters['rank'] else WHOLE_RATES).get(recipe, {}))
 p.set_defaults(
     **handed, model=origin['base_model'], steps=len(origin['steps']), t5=origin.get('t5'),
     base_lora=origin.get('base_lora') or [],

@@ -219,6 +219,15 @@ def test_cards_that_cannot_hold_sdxl_get_the_toy(gigabytes, flags, recipe, monke
     assert parser._defaults == before
     assert ('the toy in its place' in capsys.readouterr().out) == (recipe == 'toy')
 
+def test_rates_belong_to_what_is_trained():
+    """Whole networks or adapters, whichever the recipe is not for; a flag goes over either."""
+    for recipe, flags, rates in (
+            ('sd3', [], (3e-5, 3e-5)), ('sd3', ['--lora', 0], (1e-6, 1e-6)),
+            ('toy', ['--lora', 4], (1e-3, 2e-3)),
+            ('toy-sd3', ['--lora', 0, '--fake_lr', 1], (1e-4, 1))):
+        args = refused(ONE, '--recipe', recipe, *flags, '--batch', 0).page['args']
+        assert (args.student_lr, args.fake_lr) == rates
+
 def test_resumed_is_uninterrupted_bit_for_bit(plain, tmp_path):
     """Stopped by SIGKILL somewhere after the save at 2, then the same command again: weights,
     moments and log."""
