@@ -1516,7 +1516,7 @@ def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
     files = sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)
     places = [f.parent for f in files] + [here / 'assets/toy/student']
     if ckpt:
-        places = [Path(ckpt) / 'student', Path(ckpt)]
+        places = [Path(ckpt) / 'student', Path(ckpt), HERE / ckpt]
     folder = next((place for place in places if (place / 'student.json').exists()), None)
     if folder is None:
         die(f'{flag} {ckpt} holds no student (no student.json); give the folder of a training run')
@@ -1693,8 +1693,9 @@ def launch(minutes):
     return rank, world, device
 
 def last_words(kind, error, trace):
-    """sys.excepthook: Ctrl-C, another rank's end, a full disk and data that is gone are known ends,
-    and a sentence. At a normal exit the process group would wait for those who are gone."""
+    """sys.excepthook: Ctrl-C, another rank's end, a full disk or card and lost data are known
+    ends, and a sentence; of a full card, behind where it was. At a normal exit the process group
+    would wait for those who are gone."""
     if isinstance(error, KeyboardInterrupt):
         print('\ntold to stop; what was saved is whole, and the same command goes on from there, '
               'or begins anew', flush=True)
@@ -1704,6 +1705,10 @@ def last_words(kind, error, trace):
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         words = (f'{error.filename or "--out"}: {error.strerror}, by the disk, a quota or the '
                  'number of files; make room there and run again')
+    elif isinstance(error, torch.OutOfMemoryError):
+        sys.__excepthook__(kind, error, trace)
+        words = ('the card is full; in training a smaller --micro, --gan_crop 512, --offload, '
+                 '--lora 64 or more ranks take less')
     elif isinstance(error, dist.DistError) or 'gloo' in str(error):
         words = ('another rank is lost, and its own last words say why; run again to go on from '
                  'the last save, if there is one')

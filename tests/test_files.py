@@ -402,15 +402,16 @@ def test_pictures_are_read_a_little_ahead_by_threads_of_this_process(workers, tm
     (OSError(28, 'No space left on device', 'out/log.jsonl'),
      'out/log.jsonl: No space left on device, by the disk, a quota or the number of files'),
     (OSError(122, 'Disk quota exceeded', 'x'), 'x: Disk quota exceeded, by the disk, a quota'),
+    (torch.OutOfMemoryError('Tried to allocate 2 GiB'), 'the card is full; in training a smaller'),
     (RuntimeError('[gloo/pair.cc] Connection closed by peer'), 'another rank is lost')])
 def test_last_words(error, says, group, capsys, monkeypatch):
-    """Ends that are known are one line and code 2, not a traceback."""
+    """Ends that are known are one line and code 2, not a traceback, but for a full card's."""
     ended = []
     monkeypatch.setattr(os, '_exit', ended.append)
     m.last_words(type(error), error, None)
     said = capsys.readouterr().err
     assert ended == [2]
-    assert said.count('\n') == 1
+    assert said.count('\n') == (2 if 'card' in says else 1)
     assert f'error: rank 0: {says}' in said
 
 # --------------------------------------------------------------------------------------------------

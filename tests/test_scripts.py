@@ -394,6 +394,9 @@ def test_sample_finds_the_newest_run(plain, tmp_path):
     for name in ('model.py', 'sample.py', 'assets'):
         (tmp_path / name).symlink_to(ROOT / name)
     assert STUDENT in inside('sample.py', '--n', 1, cwd=tmp_path).stdout
+    (tmp_path / 'empty').mkdir()
+    assert STUDENT in well(inside(
+        ROOT / 'sample.py', '--n', 1, '--ckpt', STUDENT, cwd=tmp_path / 'empty')).stdout
     (tmp_path / 'out/stage1').mkdir(parents=True)
     (tmp_path / 'out/stage1/student').symlink_to(plain / 'student')
     assert 'out/stage1/student' in well(start('sample.py', '--n', 1, cwd=tmp_path)).stdout
