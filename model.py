@@ -18,7 +18,6 @@ import csv
 import ctypes
 import difflib
 import errno
-import faulthandler
 import fcntl
 import functools
 import glob
