@@ -459,6 +459,7 @@ if not (data.exists() or args.write):
         '--out', data.parent, '--work', work / 'data/work')
 pool = ThreadPoolExecutor(args.jobs)
 if args.leaderboard:
+    each = []
     for seed in range(3):
         out, spent, it, found = work / f'leaderboard-{seed}', 0., 0, {}
         while not found or any((found[k] - GOAL[k]) * (-1 if k in LOWER else 1) < 0 for k in GOAL):
@@ -468,6 +469,8 @@ if args.leaderboard:
             found, = evaluated(0, data / 'prompts.txt', 1024, '--ckpt', out)
             print(f'seed {seed}, {it} iterations, {spent:.0f} CPU s:',
                   {k: round(found[k], 4) for k in GOAL}, 'of', GOAL, flush=True)
+        each.append(spent)
+    print(f'{mean(each):.0f} CPU s ({min(each):.0f} to {max(each):.0f}), commit {m.commit()[:9]}')
 elif args.tune:
     def trial(job):
         name, lr, factor = job
