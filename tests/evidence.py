@@ -470,7 +470,7 @@ if args.leaderboard:
             print(f'seed {seed}, {it} iterations, {spent:.0f} CPU s:',
                   {k: round(found[k], 4) for k in GOAL}, 'of', GOAL, flush=True)
         each.append(spent)
-    print(f'{mean(each):.0f} CPU s ({min(each):.0f} to {max(each):.0f}), commit {m.commit()[:9]}')
+    print(f'{mean(each):.0f} CPU s ({min(each):.0f} to {max(each):.0f}), commit {m.commit()}')
 elif args.tune:
     def trial(job):
         name, lr, factor = job
