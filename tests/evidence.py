@@ -148,7 +148,9 @@ CLAIMS = {
         *by(['pickscore', 'cmmd'], "than Flash-DMD's pairs", 'advdmd, 60', 'pairs, 60'),
         *by(['pickscore', 'cmmd'], 'AdvDMD joint is better than alone', 'advdmd, 60',
             'advdmd alone, 60'),
-        *by(['pickscore', 'cmmd'], "Flash-DMD's pairs joint are better than alone", 'pairs, 60',
+        *by(['pickscore', 'cmmd', 'spectrum'], "Flash-DMD's pairs are better than DM alone",
+            'pairs, 60', 'DM alone, 60'),
+        *by(UNSEEN, "Flash-DMD's pairs joint are better than alone", 'pairs, 60',
             'pairs alone, 60')],
     'papers on sd3': [
         *by(['pickscore'], 'ReFL raises its reward', 'sd3 refl, 60', 'sd3'),
@@ -157,7 +159,8 @@ CLAIMS = {
         *by(['pickscore'], 'GRPO raises its reward', 'sd3 grpo, 60', 'sd3'),
         *by(['pickscore'], 'and more than DM alone does', 'sd3 grpo, 60', 'sd3 DM alone, 60'),
         *by(['pickscore'], 'Pairs raise their reward', 'sd3 pairs, 60', 'sd3'),
-        *by(['pickscore'], 'and more than DM alone does', 'sd3 pairs, 60', 'sd3 DM alone, 60'),
+        *by(['pickscore', 'cmmd'], 'and are better than DM alone', 'sd3 pairs, 60',
+            'sd3 DM alone, 60'),
         *by(['pickscore', 'cmmd'], 'AdvDMD is better than DM alone', 'sd3 advdmd, 60',
             'sd3 DM alone, 60')],
     'hacking': [
