@@ -349,8 +349,8 @@ inherited = m.load_state(inherited, weights, opts, partly=True)
 if 'student' not in inherited:
     m.restore_student(base, nets['student'], folder, lora)
 reference = m.frozen_copy(base, nets['student'], args.compile)
-# preference updates have moments of their own: their gradients, up to 50 times those of DM, would
-# drown them in one AdamW
+# preference updates have moments of their own: of adapters their gradients are tens of times those
+# of DM, which would drown in one AdamW
 weights['rl'] = weights['student']
 rates['rl'] = args.rl_lr
 opts['rl'] = torch.optim.AdamW(
