@@ -59,7 +59,7 @@ GRPO = ['--rl', 'grpo', *PICTURES]
 ADVDMD = ['--rl', 'grpo', '--reward', 'discriminator', '--ttur', '1']
 ALONE = ['--no-joint', '--gan', 'none']
 SHORT = ['--warmup', '5']                                      # 60 updates of the student
-# not preference updates at learning rate 0, whose gradients would be in the student's moments
+# a reward of weight 0: all that the student learns is DM's
 DM_ALONE = [*SHORT, *REFL, '--reward_weight', '0']
 SD3 = ['--recipe', 'toy-sd3']
 FLAT = ['--cooldown', '0']                                     # of a curve

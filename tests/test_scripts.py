@@ -169,8 +169,7 @@ def test_what_evidence_calls_shown(tmp_path):
     assert text.startswith('# Measured\n') and text.endswith('to here -->\nmore\n')
     assert text.count('writes from here') == 1
 
-    # what is called DM alone has no other gradient, which would stay in the student's moments; ReFL
-    # is alone at the rate at which it is joint
+    # what is called DM alone has no other gradient; ReFL is alone at the rate at which it is joint
     lines, _ = second(tmp_path / 'dm', *done.page['DM_ALONE'], '--iters', 2, '--critic_warmup', 0)
     assert [row.get('grad/reward') for row in lines] == [0, 0]
     assert all(row['grad/dm'] > 0 for row in lines)
