@@ -2185,6 +2185,10 @@ def find_state(out, args):
             if old.get(key, none) != new.get(key, none):
                 die(f'--out {out} holds a run of --{key} {old.get(key, none)}, not {new[key]}; '
                     'choose another --out')
+        began, now = (each.get('init_iteration') for each in (old, new))
+        if began not in (None, now):                     # its reference would be another student
+            die(f'--init {args.init} is of iteration {now} now, and the run in --out {out} began '
+                f'from its iteration {began}; choose another --out')
     if saved['iteration'] >= new['iters']:
         print0(f'{out} is finished, at {saved["iteration"]} of {new["iters"]} iterations, and '
                'nothing is changed: give more --iters to go on, another --out for a new run')

@@ -232,6 +232,7 @@ m.give_way(p, 'data', 'data_files', 'image_column', 'text_column', 'real', 'real
 m.give_way(p, 'real', 'real_files')
 args = p.parse_args()
 args.recipe, args.init = recipe, str(folder)
+args.init_iteration = origin['iteration']        # a state goes on from the same student alone
 if args.check:                               # a distillation and a preference update
     args.out, args.iters, args.log_every = args.out.rstrip('/') + '-check', 2, 1
     args.critic_warmup = 0

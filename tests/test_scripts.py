@@ -761,6 +761,14 @@ def test_stage_2_resumes_bit_for_bit(joint, tmp_path):
     assert equal(weights(joint[0], 6), weights(out, 6))
     assert [row['iteration'] for row in lines] == [1, 2, 3, 4, 5, 6]
     assert rows(out, 'eval.jsonl') == [dict(iteration=0)]
+    # stage 1 has gone on: its student is not this run's reference any more
+    later = tmp_path / 'student'
+    shutil.copytree(ROOT / STUDENT, later)
+    facts = json.loads((later / 'student.json').read_text())
+    (later / 'student.json').write_text(json.dumps(facts | dict(iteration=600)))
+    done = inside('train_stage2.py', *SMALL, *JOINT, '--iters', 9, '--init', later, '--out', out)
+    assert done.returncode == 2
+    assert f'error: --init {later} is of iteration 600 now' in done.stderr
 
 ADVERSARIAL = ['--rl', 'grpo', '--reward', 'discriminator', '--candidates', 4, '--iters', 8,
                '--rl_ratio', 2, '--critic_warmup', 1, '--fake_lora', 8, '--save_every', 6, '--eval_every', 8,
