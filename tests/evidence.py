@@ -13,8 +13,9 @@ drawn anew and the same noise. A claim is a difference of two cells: its mean ov
 with its standard error. Shown: the 95 % interval by Student's t, which is wide for few seeds
 (3: 4.3 standard errors, 5: 2.8), lies on the claim's side. Killed at any moment, the same command
 goes on; a cell amid which it was begins anew. Tables go into assets/results.md between two marks;
-beside it evidence.json has every cell's scores, which another machine's run of the rest adds to,
-and evidence-CLAIM.png a picture for each claim.
+beside it evidence.json has every cell's scores, and evidence-CLAIM.png a picture for each claim.
+What evidence.json has is not run again, so another machine can do the rest; a row taken out of it
+is.
 """
 
 import itertools
@@ -216,6 +217,8 @@ args = p.parse_args()
 m.at_least(args, seeds=1, jobs=1)
 work = m.writable_folder(ROOT / args.work, '--work')
 m.writable_folder((ROOT / args.results).parent, '--results')
+scores_file = (ROOT / args.results).with_name('evidence.json')
+committed = json.loads(scores_file.read_text()) if scores_file.exists() else {}
 environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))
 
 def run(*command):
@@ -236,6 +239,10 @@ def kept(name, seed, it):
     """The file of a cell's scores, {'cpu': seconds, metric: value} as far as they are there."""
     return work / 'scores' / f'{slug(name, seed, it)}.json'
 
+def found_in(file):
+    """What is known of a cell or trial: by its file, else by evidence.json."""
+    return json.loads(file.read_text()) if file.exists() else committed.get(file.stem, {})
+
 def keep(file, **values):
     file.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -250,6 +257,9 @@ def train(name, seed, more=(), label=None):
     """A cell with one seed; its students are set aside, its state is not kept."""
     script, flags, its = CELLS[name]
     label = label or name
+    # where other cells begin the student itself is wanted
+    if name not in ONE_SEED and all(found_in(kept(label, seed, it)) for it in its):
+        return
     out, spent = work / 'runs' / slug(label, seed), 0.
     start = ['--init', SHIPPED, '--eval_every', 0] if script == TWO else []
     if script == TWO and SD3[1] in flags:
@@ -286,8 +296,7 @@ def evaluated(of, prompts, n, *rows, base=TOY):
 
 def score(wanted, of=0):
     """Scores cells, [(name, seed, it)], those that are not: one call, one look at real pictures."""
-    wanted = [x for x in wanted if kept(*x).exists() and
-              'pickscore' not in json.loads(kept(*x).read_text())]
+    wanted = [x for x in wanted if 'pickscore' not in found_in(kept(*x))]
     for base in TOY, TOY_SD3:
         own = [x for x in wanted if (base == TOY_SD3) == (SD3[1] in CELLS[x[0]][1])]
         students = [student(*x) for x in own]
@@ -314,8 +323,7 @@ everything = {}                                                # what read_all()
 def read_all():
     """{file's name: values} of all that is scored, of cells and trials: by evidence.json beside the
     results' page and, in its place, by --work."""
-    file = (ROOT / args.results).with_name('evidence.json')
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = dict(committed)
     for own in [*work.glob('scores/*.json'), *work.glob('trials/*.json')]:
         row = json.loads(own.read_text())
         if 'pickscore' in row:
@@ -443,7 +451,7 @@ def write():
     """Draws the pictures; puts the tables between the marks of the results' page, or at its end."""
     everything.update(read_all())
     file = ROOT / args.results
-    with m.replacing(file.with_name('evidence.json')) as tmp:
+    with m.replacing(scores_file) as tmp:
         rows = (f'{json.dumps(key)}: {json.dumps(row)}' for key, row in everything.items())
         tmp.write_text('{' + ',\n'.join(rows) + '}\n')
     for name in args.only:
@@ -482,12 +490,12 @@ elif args.tune:
         more = ['--student_lr', f'{lr:g}', '--gan_weight', f'{factor * weight:g}']
         label = slug('tune', name, f'{lr:g}', f'{factor:g}')
         file = work / f'trials/{label}.json'
-        if not file.exists():
+        if not found_in(file):
             train(name, 100, more, label)
             found, = evaluated(label, 'assets/toy/data/prompts.txt', 256, '--ckpt',
                                student(label, 100, CELLS[name][2][-1]))
             keep(file, cell=name, flags=' '.join(more), **found)
-        print(file.read_text(), flush=True)
+        print(json.dumps(found_in(file)), flush=True)
     [*pool.map(trial, itertools.product(args.tune, *TRIALS.values()))]
 elif not args.write:
     trailing = work / 'trailing'                       # the teacher, its four steps from t = 999
@@ -508,7 +516,7 @@ elif not args.write:
         [*pool.map(score, share, range(args.jobs))]
         write()
     for name, flags in ROWS.items():
-        if not kept(name, 0, 0).exists():
+        if not found_in(kept(name, 0, 0)):
             flags = [trailing if x == 'TRAILING' else x for x in flags]
             base = TOY_SD3 if TOY_SD3 in flags else TOY
             found, = evaluated(0, data / 'prompts.txt', 1024, *flags, base=base)
