@@ -151,6 +151,11 @@ def test_what_evidence_calls_shown(tmp_path):
     put(works[1], '+A+B', 180, [.6, .7], [.1, .2])
     put(works[1], 'dmdr', 1000, [.7213, .7013] * 3, [.2] * 6)
     put(works[1], 'dmdr-neither', 1000, [.7] * 6, [.2] * 6)
+    # a trial that is second by each measure is chosen before two that are first by one, last by two
+    (works[1] / 'trials').mkdir()
+    for lr, scores in {'1': (.7, .3, .3), '2': (.69, .2, .2), '3': (.68, .1, .4)}.items():
+        row = values | dict(zip(('pickscore', 'cmmd', 'spectrum'), scores), cell='flash', flags=lr)
+        (works[1] / f'trials/tune-flash-{lr}.json').write_text(json.dumps(row))
     page.write_text('# Measured\n')
     for work in works:
         done = well(inside('tests/evidence.py', '--write', '--work', work, '--results', page))
@@ -166,6 +171,8 @@ def test_what_evidence_calls_shown(tmp_path):
     assert said[raised] == ['-0.0077 (0.0015)', '3', 'opposite']
     assert ['249', '+0.150', '+0.000', '+1.000'] in table
     assert said["DMDR's two aids help", 'PickScore'] == ['+0.0113 (0.0045)', '6', 'not shown']
+    ranks = [(row[1], row[5]) for row in table if row[0] == 'flash' and len(row) == 6]
+    assert ranks == [('2', '5'), ('1', '6'), ('3', '7')]
     assert text.startswith('# Measured\n') and text.endswith('to here -->\nmore\n')
     assert text.count('writes from here') == 1
 
