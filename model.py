@@ -2358,7 +2358,7 @@ def curves(log, path):
     if not log.stat().st_size:                     # --log_every is more than there were iterations
         return
     table = pandas.read_json(log, lines=True).set_index('iteration')
-    table = table.filter(regex='^(?!skipped|data/|dropped|memory)').interpolate()
+    table = table.filter(regex='^(?!skipped|data/|dropped|memory)').sort_index(axis=1).interpolate()
     panels = table.plot(subplots=True, layout=(-1, 4), figsize=(14, 10), grid=True)
     figure = panels.flat[0].figure
     figure.tight_layout()
