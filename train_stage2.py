@@ -535,8 +535,8 @@ def evaluate(it):
 def micro_batches(it, rows):
     """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
     random number that an iteration needs, eps_ (b, C, h, w) and times t (b,)."""
-    dmdr = args.rollout != 'sampler'
-    eps, u = m.draw(args.seed, it, mine, (S + 5 + dmdr, *base.latent_shape))
+    count = S + 5 + (args.rollout != 'sampler')
+    eps, u = m.draw(args.seed, it, mine, (count, *base.latent_shape))
     y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
         j = slice(k, k + args.micro)
@@ -545,8 +545,8 @@ def micro_batches(it, rows):
         b = SimpleNamespace(
             text=rows['text'][j], y=[v[j] for v in y], real=rows['pixels'][j].to(device))
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
-        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real, *b.eps_s = (
-            normals[:, S:].unbind(1))
+        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:S + 5].unbind(1)
+        b.eps_s = normals[:, -1]                       # of --rollout sde and ode
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
         b.t_fake = schedule.training(u_fake)           # of the fake score's own loss
         if args.renoise == 'beta':                     # DynaRS: from Beta(4, 1.5) to uniform
@@ -809,7 +809,7 @@ for it in range(start, args.iters + 1):
                 x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
             else:
                 x_s, t_s, b.x0 = m.reach_dmdr(
-                    base, student, steps, b.eps_steps, b.y, s, args.rollout, *b.eps_s)
+                    base, student, steps, b.eps_steps, b.y, s, args.rollout, b.eps_s)
                 if not (learns or gan):
                     continue
             x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
