@@ -486,16 +486,16 @@ for it in range(start, args.iters + 1):
             eps = torch.cat([b.eps_real, b.eps_made])
             y = [torch.cat([v, v]) for v in b.y]
             logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
-            real, made = logits.chunk(2)
+            at_real, at_made = logits.chunk(2)
             if args.gan == 'pixel':
-                L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+                L_D = F.relu(1 - at_real).mean() + F.relu(1 + at_made).mean()
                 L = L + L_D
             else:                    # DMD2's D is the fake score's own half: it gets a small weight
-                L_D = F.softplus(-real).mean() + F.softplus(made).mean()
+                L_D = F.softplus(-at_real).mean() + F.softplus(at_made).mean()
                 L = L + 1e-2 * L_D
             log('gan/d', L_D)
-            log('gan/real', real.mean())
-            log('gan/made', made.mean())
+            log('gan/real', at_real.mean())
+            log('gan/made', at_made.mean())
         (L / n).backward()                             # gradients add up over micro-batches
     # None where a gradient was not finite and the update was dropped, on all ranks alike
     norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']
