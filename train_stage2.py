@@ -717,7 +717,6 @@ for it in range(start, args.iters + 1):
                 log(f'auc/{int(levels[k])}', share[k])
         # to go: what a step can have brought about is what the states after it are worth
         to_go = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)      # (B, S)
-        norms = []
         for b, gain in zip(rollouts, to_go[mine].to(device).split(args.micro)):
             for k in rl_steps if to_go.any() else ():    # without a gradient not even moments move
                 z, t = m.at_step(base, steps, b.eps, k, b.x[k])
@@ -730,7 +729,7 @@ for it in range(start, args.iters + 1):
                     L = L.maximum(-inside * gain[:, k])
                 (L.mean() / (n * len(rl_steps))).backward()
                 log('rl/ratio', ratio.mean())
-        norms.append(m.update(opts['rl'], nets['student']))
+        norms = [m.update(opts['rl'], nets['student'])]
         if adversarial:
             norms.append(m.update(opts['heads'], nets['heads']))
         log('rl/advantage', to_go.abs().mean())
@@ -883,7 +882,7 @@ for it in range(start, args.iters + 1):
 
     # AdvDMD: D learns the student's states, each at the noise level to which its step leads
     for b in batches if 'discriminator' in args.reward else ():
-        b.t_D = levels[l if args.split else s].expand_as(b.t_D)
+        b.t_D = levels[l].expand_as(b.t_D)
 
     # -- one distillation: fake score and discriminator --------------------------------------------
     for b in batches:
