@@ -167,9 +167,9 @@ if chosen.prompts_only:
 if chosen.gan == 'latent':
     p.set_defaults(gan_weight=DMD2['gan_weight'])
 if chosen.lora and not RECIPES[recipe].get('lora'):
-    p.set_defaults(**LORA_RATES[recipe.split('-')[0]])
+    p.set_defaults(**LORA_RATES.get(recipe.split('-')[0], {}))
 if RECIPES[recipe].get('lora') and not chosen.lora:
-    p.set_defaults(**WHOLE_RATES[recipe.split('-')[0]])
+    p.set_defaults(**WHOLE_RATES.get(recipe.split('-')[0], {}))
 args = p.parse_args()
 args.recipe = recipe
 if args.check:
