@@ -127,7 +127,7 @@ flag('--dyna_iters', type=int, default=0, help='student updates until that is 0,
 flag('--renoise', choices=['uniform', 'beta'], default='uniform',
      help="noise levels of DM; beta: DMDR's, of the fake score's loss as well")
 flag('--rollout', choices=['sampler', 'sde', 'ode'], default='sampler',
-     help="the student's input: as at inference; DMDR's, its x0 at the step, or the last, noised")
+     help="the student's input: as at inference; DMDR's: its x0 there (sde) or last (ode), noised")
 flag = p.add_argument_group('optimisation').add_argument
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
@@ -209,7 +209,7 @@ m.check_sources(args)
 if args.prompts_only:
     pictures = m.Prompts(args.prompts_only, args.seed)
 else:
-    pictures = m.Pictures(                                  # of a size that the model will tell
+    pictures = m.Pictures(                                  # the model tells their size, now 0
         args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
         limit=args.data_limit)
 m.print0(pictures.said)
@@ -353,7 +353,7 @@ def D(net, x, eps, t, y):
         return net(x).float()
 
 def norm(d):
-    """L2 norm of one sample's gradient, the mean over a batch whose loss is a mean: (b, ...)."""
+    """Mean L2 norm of a sample's gradient; d (b, ...) is that of a mean over the batch."""
     return d.flatten(1).norm(dim=1).mean() * len(d)
 
 def warmed(it):
@@ -378,7 +378,7 @@ for it in range(start, args.iters + 1):
             m.picture_grid([teacher_row, row], prompts, out / f'samples-{it:07d}.png',
                            ['teacher: ', 'student: '])
     if it > start and (it % args.save_every == 0 or stop):
-        # the recipe tells stage 2 and evaluate.py which defaults are theirs
+        # stage 2 and evaluate.py have this recipe as well, but no -dmd2 or -dmdr of it
         facts = dict(base_model=m.settings(args)['model'], recipe=recipe.split('-dm')[0],
                      iteration=it, cfg=args.cfg, t5=args.t5, prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
@@ -398,14 +398,14 @@ for it in range(start, args.iters + 1):
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
     l = pick(low, it, 2) if args.split else s
-    # the real score: the teacher's; DynaDG: with the fake score's adapters, at a scale that falls
+    # the real score is the teacher, in DynaDG with the fake score's adapters at a falling scale
     s_r = args.dyna * fading(it)
     real_score = fake if s_r else base.teacher
     norms = []
     for b in batches:
         with torch.set_grad_enabled(learns):
-            # 1. high noise: the student's sample at its step s, which the fake score learns, but in
-            # DMDR that of the rollout
+            # 1. high noise: the student's sample at its step s. The fake score learns b.x0: the
+            # same, or what DMDR's rollout gives
             if args.rollout == 'sampler':
                 x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
             else:
@@ -426,8 +426,8 @@ for it in range(start, args.iters + 1):
                 x_l = schedule.noised(end, b.eps_low, t_l)
                 z = base.x0(student, x_l, t_l, b.y)                                 # (b, C, h, w)
 
-            # 3. the losses are functions of these two: D and the fake score, through which they
-            # go, get no gradient
+            # 3. losses are functions of x and v, so that D and the fake score, through which they
+            # go, get no gradient; a term of x0 or z would be lost
             x = x0.detach().requires_grad_(learns)
             v = z.detach().requires_grad_(learns)
             made = seen(v, it) if gan else v
