@@ -2066,9 +2066,9 @@ def pieces(weights, opts):
 def save_state(out, it, args, weights, opts, last, save_student):
     """Writes out/state-<it> and, by save_student(), the student; every rank calls it.
 
-    weights: {network: {name: tensor}}, opts: {network: its AdamW}. Files reach the disk before the
-    state appears, in one rename; the one before it stays, older ones go. A save that fails ends the
-    run; with --disk_full skip only if it is not the last.
+    weights: {network: {name: tensor}}, opts: {network: its optimiser}, not saved under other names.
+    Files reach the disk before the state appears, in one rename; the one before it stays, older
+    ones go. A save that fails ends the run; with --disk_full skip only if it is the last.
     """
     began = time.time()
     check_alike(it, weights)
@@ -2224,16 +2224,20 @@ def load_state(state, weights, opts, partly=False):
             once = seen.isdisjoint(map(id, named.values()))        # else another net's, and moments
             assert not once or found[net].keys() == named.keys(), f'it has other weights of {net}'
             moments = {}
-            for i, (name, w) in enumerate(named.items()):
+            for name, w in named.items():
                 kinds = found[net][name]
                 if once:
                     fill(w, kinds.pop('weight'), name)
                 seen.add(id(w))
-                moments[i] = {kind: torch.zeros(()) if kind == 'step' else torch.zeros_like(w)
-                              for kind in kinds}
-                for kind, value in moments[i].items():
-                    fill(value, kinds[kind], name)
-            if net in opts:
+                moments[w] = {}
+                for kind, saved in kinds.items():
+                    shape = whole_shape(saved)
+                    value = torch.zeros_like(w) if shape == [*w.shape] else torch.zeros(shape)
+                    fill(value, saved, name)
+                    moments[w][kind] = value
+            if net in opts:                      # which counts its weights group by group
+                own = [w for group in opts[net].param_groups for w in group['params']]
+                moments = {i: moments[w] for i, w in enumerate(own)}
                 opts[net].load_state_dict(opts[net].state_dict() | dict(state=moments))
     return found.keys()
 
@@ -2358,7 +2362,7 @@ def curves(log, path):
     if not log.stat().st_size:                     # --log_every is more than there were iterations
         return
     table = pandas.read_json(log, lines=True).set_index('iteration')
-    table = table.filter(regex='^(?!skipped|data/|dropped|memory)').interpolate()
+    table = table.filter(regex='^(?!skipped|data/|dropped|memory)').sort_index(axis=1).interpolate()
     panels = table.plot(subplots=True, layout=(-1, 4), figsize=(14, 10), grid=True)
     figure = panels.flat[0].figure
     figure.tight_layout()

@@ -33,9 +33,13 @@ class Unavailable(Exception):
     """A model or library that cannot be had here; the message is one sentence with the way out."""
 
 class Reward(nn.Module):
-    """A published model. `home` is its default source, `safe` a copy in safetensors, `truncated`
-    how many scored prompts were longer than its text encoder."""
+    """A published model, or a formula: `score` alone. `home` is its default source, `safe` a copy
+    in safetensors, `truncated` how many scored prompts were longer than its text encoder."""
+    home = safe = ''
     truncated = 0
+
+    def load(self, source):
+        """Builds it from a source."""
 
     def __init__(self, source=None, device='cpu', **more):
         super().__init__()

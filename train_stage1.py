@@ -127,7 +127,7 @@ flag('--dyna_iters', type=int, default=0, help='student updates until that is 0,
 flag('--renoise', choices=['uniform', 'beta'], default='uniform',
      help="noise levels of DM; beta: DMDR's, of the fake score's loss as well")
 flag('--rollout', choices=['sampler', 'sde', 'ode'], default='sampler',
-     help="the student's input: as at inference; DMDR's, its x0 at the step, or the last, noised")
+     help="the student's input: as at inference; DMDR's: its x0 there (sde) or last (ode), noised")
 flag = p.add_argument_group('optimisation').add_argument
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
@@ -167,9 +167,9 @@ if chosen.prompts_only:
 if chosen.gan == 'latent':
     p.set_defaults(gan_weight=DMD2['gan_weight'])
 if chosen.lora and not RECIPES[recipe].get('lora'):
-    p.set_defaults(**LORA_RATES[recipe.split('-')[0]])
+    p.set_defaults(**LORA_RATES.get(recipe.split('-')[0], {}))
 if RECIPES[recipe].get('lora') and not chosen.lora:
-    p.set_defaults(**WHOLE_RATES[recipe.split('-')[0]])
+    p.set_defaults(**WHOLE_RATES.get(recipe.split('-')[0], {}))
 args = p.parse_args()
 args.recipe = recipe
 if args.check:
@@ -209,7 +209,7 @@ m.check_sources(args)
 if args.prompts_only:
     pictures = m.Prompts(args.prompts_only, args.seed)
 else:
-    pictures = m.Pictures(                                  # of a size that the model will tell
+    pictures = m.Pictures(                                  # the model tells their size, now 0
         args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
         limit=args.data_limit)
 m.print0(pictures.said)
@@ -297,8 +297,8 @@ if args.sample_every:
 def micro_batches(it, rows):
     """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
     random number that an iteration needs, eps_ (b, C, h, w) and times t (b,)."""
-    dmdr = args.rollout != 'sampler'
-    eps, u = m.draw(args.seed, it, mine, (S + 5 + dmdr, *base.latent_shape))
+    count = S + 5 + (args.rollout != 'sampler')
+    eps, u = m.draw(args.seed, it, mine, (count, *base.latent_shape))
     y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
         j = slice(k, k + args.micro)
@@ -307,8 +307,8 @@ def micro_batches(it, rows):
         b = SimpleNamespace(
             text=rows['text'][j], y=[v[j] for v in y], real=rows['pixels'][j].to(device))
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
-        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real, *b.eps_s = (
-            normals[:, S:].unbind(1))
+        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:S + 5].unbind(1)
+        b.eps_s = normals[:, -1]                       # of --rollout sde and ode
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
         b.t_fake = schedule.training(u_fake)           # of the fake score's own loss
         if args.renoise == 'beta':                     # DynaRS: from Beta(4, 1.5) to uniform
@@ -353,7 +353,7 @@ def D(net, x, eps, t, y):
         return net(x).float()
 
 def norm(d):
-    """L2 norm of one sample's gradient, the mean over a batch whose loss is a mean: (b, ...)."""
+    """Mean L2 norm of a sample's gradient; d (b, ...) is that of a mean over the batch."""
     return d.flatten(1).norm(dim=1).mean() * len(d)
 
 def warmed(it):
@@ -378,7 +378,7 @@ for it in range(start, args.iters + 1):
             m.picture_grid([teacher_row, row], prompts, out / f'samples-{it:07d}.png',
                            ['teacher: ', 'student: '])
     if it > start and (it % args.save_every == 0 or stop):
-        # the recipe tells stage 2 and evaluate.py which defaults are theirs
+        # stage 2 and evaluate.py have this recipe as well, but no -dmd2 or -dmdr of it
         facts = dict(base_model=m.settings(args)['model'], recipe=recipe.split('-dm')[0],
                      iteration=it, cfg=args.cfg, t5=args.t5, prompts=prompts)
         m.save_state(out, it, args, weights, opts, stop, lambda: m.save_student(
@@ -398,19 +398,19 @@ for it in range(start, args.iters + 1):
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
     l = pick(low, it, 2) if args.split else s
-    # the real score: the teacher's; DynaDG: with the fake score's adapters, at a scale that falls
+    # the real score is the teacher, in DynaDG with the fake score's adapters at a falling scale
     s_r = args.dyna * fading(it)
     real_score = fake if s_r else base.teacher
     norms = []
     for b in batches:
         with torch.set_grad_enabled(learns):
-            # 1. high noise: the student's sample at its step s, which the fake score learns, but in
-            # DMDR that of the rollout
+            # 1. high noise: the student's sample at its step s. The fake score learns b.x0: the
+            # same, or what DMDR's rollout gives
             if args.rollout == 'sampler':
                 x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
             else:
                 x_s, t_s, b.x0 = m.reach_dmdr(
-                    base, student, steps, b.eps_steps, b.y, s, args.rollout, *b.eps_s)
+                    base, student, steps, b.eps_steps, b.y, s, args.rollout, b.eps_s)
                 if not (learns or gan):
                     continue
             x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
@@ -426,8 +426,8 @@ for it in range(start, args.iters + 1):
                 x_l = schedule.noised(end, b.eps_low, t_l)
                 z = base.x0(student, x_l, t_l, b.y)                                 # (b, C, h, w)
 
-            # 3. the losses are functions of these two: D and the fake score, through which they
-            # go, get no gradient
+            # 3. losses are functions of x and v, so that D and the fake score, through which they
+            # go, get no gradient; a term of x0 or z would be lost
             x = x0.detach().requires_grad_(learns)
             v = z.detach().requires_grad_(learns)
             made = seen(v, it) if gan else v
@@ -486,16 +486,16 @@ for it in range(start, args.iters + 1):
             eps = torch.cat([b.eps_real, b.eps_made])
             y = [torch.cat([v, v]) for v in b.y]
             logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
-            real, made = logits.chunk(2)
+            at_real, at_made = logits.chunk(2)
             if args.gan == 'pixel':
-                L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+                L_D = F.relu(1 - at_real).mean() + F.relu(1 + at_made).mean()
                 L = L + L_D
             else:                    # DMD2's D is the fake score's own half: it gets a small weight
-                L_D = F.softplus(-real).mean() + F.softplus(made).mean()
+                L_D = F.softplus(-at_real).mean() + F.softplus(at_made).mean()
                 L = L + 1e-2 * L_D
             log('gan/d', L_D)
-            log('gan/real', real.mean())
-            log('gan/made', made.mean())
+            log('gan/real', at_real.mean())
+            log('gan/made', at_made.mean())
         (L / n).backward()                             # gradients add up over micro-batches
     # None where a gradient was not finite and the update was dropped, on all ranks alike
     norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']

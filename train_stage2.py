@@ -20,9 +20,9 @@ Two other papers have their RL on this page, beside the same distillation:
                  --reward discriminator AdvDMD (2604.28126): the latent GAN's D, which learns the
                  student's states at every step, is the reward of every state
 
-Of GRPO are left out: the KL to a reference, in whose place DM keeps the student at its teacher;
-several updates of a rollout, and with one update the ratio is 1, so it needs no clip (--clamp is
-one); a group's own deviation, which makes noise as loud as a signal: it is pooled, with a floor.
+Left out of GRPO: the KL to a reference, since DM keeps the student at its teacher; several updates
+of a rollout (with one the ratio is 1 and needs no clip; --clamp is one); the deviation of each
+group, which makes noise as loud as a signal: it is that of all groups, with a floor.
 
     python train_stage2.py                          # from out/stage1, else from the shipped student
     torchrun --nproc_per_node=8 train_stage2.py     # 8 GPUs, the same result
@@ -88,7 +88,7 @@ WHOLE_RATES['toy-sd3'] = dict(student_lr=2e-5, fake_lr=1e-4, rl_lr=1e-5)
 # with --rl grpo, and with AdvDMD's reward, whose paper has no numbers: all of these are ours
 GRPO = dict(rl_ratio=1, rl_steps='all')
 ADVDMD = dict(gan='latent', gan_weight=0., split=False, ttur=2, couple=1.)
-# what stage 1 hands on, if its args.json lies beside the student
+# what stage 1 hands on, if its args.json lies beside the student: add a flag of your own
 HANDED = ('offload sam data data_files prompts_only image_column text_column data_limit prompts '
           'workers cfg gan gan_weight gan_crop split ttur couple batch micro heads_lr '
           'grad_checkpointing save_dtype fake_lora renoise rollout').split()
@@ -140,7 +140,7 @@ flag('--dyna_iters', type=int, default=0, help='student updates until that is 0,
 flag('--renoise', choices=['uniform', 'beta'], default='uniform',
      help="noise levels of DM; beta: DMDR's, of the fake score's loss as well")
 flag('--rollout', choices=['sampler', 'sde', 'ode'], default='sampler',
-     help="the student's input: as at inference; DMDR's, its x0 at the step, or the last, noised")
+     help="the student's input: as at inference; DMDR's: its x0 there (sde) or last (ode), noised")
 flag = p.add_argument_group('optimisation').add_argument
 flag('--iters', type=int, help='iterations')
 flag('--batch', type=int, help='prompts per iteration, over all ranks')
@@ -172,8 +172,8 @@ flag = p.add_argument_group('preference updates').add_argument
 flag('--rl', choices=['pairs', 'grpo', 'refl'], default='pairs',
      help="Flash-DMD's pairs, policy gradient (DMDR, AdvDMD), or a differentiated reward (DMDR)")
 flag('--reward', nargs='+', choices=['latent', 'discriminator', *R.SCORES], default=['latent'],
-     help="latent: --lrm; discriminator: AdvDMD's; else rewards of pictures, weights as in "
-     'evaluate.py, or --pickscore')
+     help="latent: --lrm; discriminator: AdvDMD's; else of pictures, by the checkpoints of "
+     'rewards.py, --judge, --pickscore')
 flag('--reward_weight', type=float, nargs='+', default=[1.], help='one for each --reward')
 flag('--goal', type=float, default=.7, help='refl: a reward, as a cosine, above it is enough')
 flag('--lrm', help='latent reward model in the layout of casiatao/LRM: folder or hub id/subfolder')
@@ -291,7 +291,7 @@ m.check_sources(args)
 if args.prompts_only:
     pictures = m.Prompts(args.prompts_only, args.seed)
 else:
-    pictures = m.Pictures(                                  # of a size that the model will tell
+    pictures = m.Pictures(                                  # the model tells their size, now 0
         args.data, args.data_files, args.image_column, args.text_column, 0, args.seed,
         limit=args.data_limit)
 m.print0(pictures.said)
@@ -536,8 +536,8 @@ def evaluate(it):
 def micro_batches(it, rows):
     """This rank's micro-batches of iteration it: prompts y, real pictures, and by its name every
     random number that an iteration needs, eps_ (b, C, h, w) and times t (b,)."""
-    dmdr = args.rollout != 'sampler'
-    eps, u = m.draw(args.seed, it, mine, (S + 5 + dmdr, *base.latent_shape))
+    count = S + 5 + (args.rollout != 'sampler')
+    eps, u = m.draw(args.seed, it, mine, (count, *base.latent_shape))
     y = base.encode(rows['text'])
     for k in range(0, len(mine), args.micro):
         j = slice(k, k + args.micro)
@@ -546,8 +546,8 @@ def micro_batches(it, rows):
         b = SimpleNamespace(
             text=rows['text'][j], y=[v[j] for v in y], real=rows['pixels'][j].to(device))
         b.eps_steps = normals[:, :S]                   # (b, S, C, h, w), of the student's own steps
-        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real, *b.eps_s = (
-            normals[:, S:].unbind(1))
+        b.eps_tau, b.eps_low, b.eps_made, b.eps_fake, b.eps_real = normals[:, S:S + 5].unbind(1)
+        b.eps_s = normals[:, -1]                       # of --rollout sde and ode
         b.tau = schedule.between(u_tau, 20, 980)       # of the DM loss
         b.t_fake = schedule.training(u_fake)           # of the fake score's own loss
         if args.renoise == 'beta':                     # DynaRS: from Beta(4, 1.5) to uniform
@@ -592,7 +592,7 @@ def D(net, x, eps, t, y):
         return net(x).float()
 
 def norm(d):
-    """L2 norm of one sample's gradient, the mean over a batch whose loss is a mean: (b, ...)."""
+    """Mean L2 norm of a sample's gradient; d (b, ...) is that of a mean over the batch."""
     return d.flatten(1).norm(dim=1).mean() * len(d)
 
 def warmed(it):
@@ -716,9 +716,8 @@ for it in range(start, args.iters + 1):
             A = A * ((.55 < share) & (share < .98))
             for k in range(S):
                 log(f'auc/{int(levels[k])}', share[k])
-        # to go: what a step can have brought about is what the states after it are worth
+        # a step is worth the mean advantage of the states after it
         to_go = torch.stack([A[:, k - S:].mean(1) for k in range(S)], 1).clamp(-5, 5)      # (B, S)
-        norms = []
         for b, gain in zip(rollouts, to_go[mine].to(device).split(args.micro)):
             for k in rl_steps if to_go.any() else ():    # without a gradient not even moments move
                 z, t = m.at_step(base, steps, b.eps, k, b.x[k])
@@ -731,7 +730,7 @@ for it in range(start, args.iters + 1):
                     L = L.maximum(-inside * gain[:, k])
                 (L.mean() / (n * len(rl_steps))).backward()
                 log('rl/ratio', ratio.mean())
-        norms.append(m.update(opts['rl'], nets['student']))
+        norms = [m.update(opts['rl'], nets['student'])]
         if adversarial:
             norms.append(m.update(opts['heads'], nets['heads']))
         log('rl/advantage', to_go.abs().mean())
@@ -788,7 +787,7 @@ for it in range(start, args.iters + 1):
         log.write(it + 1)
         continue
 
-    # the student learns in this iteration
+    # the student learns in every ttur-th distillation
     learns = it >= alone and sum(map(distils, range(alone, it))) % args.ttur == 0
 
     # -- one distillation: losses ------------------------------------------------------------------
@@ -798,19 +797,19 @@ for it in range(start, args.iters + 1):
     # one step for the whole batch: shorter simulations end together, on every rank
     s = pick(high if args.split else range(S), it, 1)
     l = pick(low, it, 2) if args.split else s
-    # the real score: the teacher's; DynaDG: with the fake score's adapters, at a scale that falls
+    # the real score is the teacher, in DynaDG with the fake score's adapters at a falling scale
     s_r = args.dyna * fading(it)
     real_score = fake if s_r else base.teacher
     norms = []
     for b in batches:
         with torch.set_grad_enabled(learns):
-            # 1. high noise: the student's sample at its step s, which the fake score learns, but in
-            # DMDR that of the rollout
+            # 1. high noise: the student's sample at its step s. The fake score learns b.x0: the
+            # same, or what DMDR's rollout gives
             if args.rollout == 'sampler':
                 x_s, t_s = m.reach(base, student, steps, b.eps_steps, b.y, s)
             else:
                 x_s, t_s, b.x0 = m.reach_dmdr(
-                    base, student, steps, b.eps_steps, b.y, s, args.rollout, *b.eps_s)
+                    base, student, steps, b.eps_steps, b.y, s, args.rollout, b.eps_s)
                 if not (learns or gan):
                     continue
             x0 = base.x0(student, x_s, t_s, b.y)                                    # (b, C, h, w)
@@ -826,8 +825,8 @@ for it in range(start, args.iters + 1):
                 x_l = schedule.noised(end, b.eps_low, t_l)
                 z = base.x0(student, x_l, t_l, b.y)                                 # (b, C, h, w)
 
-            # 3. the losses are functions of these two: D and the fake score, through which they
-            # go, get no gradient
+            # 3. losses are functions of x and v, so that D and the fake score, through which they
+            # go, get no gradient; a term of x0 or z would be lost
             x = x0.detach().requires_grad_(learns)
             v = z.detach().requires_grad_(learns)
             made = seen(v, it) if gan else v
@@ -884,7 +883,7 @@ for it in range(start, args.iters + 1):
 
     # AdvDMD: D learns the student's states, each at the noise level to which its step leads
     for b in batches if 'discriminator' in args.reward else ():
-        b.t_D = levels[l if args.split else s].expand_as(b.t_D)
+        b.t_D = levels[l].expand_as(b.t_D)
 
     # -- one distillation: fake score and discriminator --------------------------------------------
     for b in batches:
@@ -900,16 +899,16 @@ for it in range(start, args.iters + 1):
             eps = torch.cat([b.eps_real, b.eps_made])
             y = [torch.cat([v, v]) for v in b.y]
             logits = D(heads, torch.cat([real, b.made]), eps, b.t_D.repeat(2), y)
-            real, made = logits.chunk(2)
+            at_real, at_made = logits.chunk(2)
             if args.gan == 'pixel':
-                L_D = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+                L_D = F.relu(1 - at_real).mean() + F.relu(1 + at_made).mean()
                 L = L + L_D
             else:                    # DMD2's D is the fake score's own half: it gets a small weight
-                L_D = F.softplus(-real).mean() + F.softplus(made).mean()
+                L_D = F.softplus(-at_real).mean() + F.softplus(at_made).mean()
                 L = L + 1e-2 * L_D
             log('gan/d', L_D)
-            log('gan/real', real.mean())
-            log('gan/made', made.mean())
+            log('gan/real', at_real.mean())
+            log('gan/made', at_made.mean())
         (L / n).backward()                             # gradients add up over micro-batches
     # None where a gradient was not finite and the update was dropped, on all ranks alike
     norms += [m.update(opts[name], nets[name]) for name in nets if name != 'student']
