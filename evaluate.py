@@ -129,7 +129,7 @@ def own_prompt(file):
             while isinstance(value, list):                            # the node that it comes from
                 inputs = nodes[value[0]]['inputs']
                 names = 'text', 'text_g', 'positive', 'conditioning', 'value', 'string'
-                value = next(inputs[name] for name in names if name in inputs)
+                value = next((inputs[name] for name in names if name in inputs), None)
             if isinstance(value, str):
                 return value.strip()
     return ''
@@ -174,6 +174,8 @@ if args.images and source.exists():
         entries = [json.loads(line) for line in entries if line.strip()]
         found = [Path(args.images, entry['file_name']) for entry in entries]
         prompts = [entry['text'] for entry in entries]
+        assert prompts and all(isinstance(text, str) for text in prompts), (
+            'it is empty, or a text is no string')
     numbers, rule = range(len(found)), 'by metadata.jsonl'
 else:
     source = Path(args.prompts)
@@ -184,7 +186,7 @@ if args.images and not found:
         m.die(f'--images {args.images} has no picture; give a folder of .png, .jpg or .webp files')
     lines = prompts
     numbers, prompts, rule = tied(found, lines, chosen.prompts)
-    source = source if prompts is lines else Path(args.images)
+    source = source if prompts is lines else Path(args.images).absolute()
 n = args.n or min(len(prompts), 1 + max(numbers, default=len(prompts)))
 files = {i: file for i, file in sorted(zip(numbers, found)) if i < n and prompts[i]}
 if n > len(prompts):
@@ -223,12 +225,15 @@ for steps in guided:
 def short(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
-# of weights and settings; a hub id has no files
-weights = {name: [m.crc(file) for file in sorted([*Path(name).rglob('*.*'), Path(name)])
-                  if file.suffix in ('.safetensors', '.json')]
+def sums(files):
+    """Of weights and settings; a hub id has no files, and of one that is gone loading it tells."""
+    return [m.crc(file) for file in files
+            if file.suffix in ('.safetensors', '.json') and file.is_file()]
+
+weights = {name: sums(sorted([*Path(name).rglob('*.*'), Path(name)]))
            for name, *_ in rows.values() if name}
 if guided and merged:
-    weights[teacher] += [m.crc(merged[0]), merged[1]]
+    weights[teacher] += [*sums([Path(merged[0])]), merged[1]]
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')}
 settings |= dict(rows=list(rows), n=n, weights=weights, prompts_sha256=short(prompts),
                  iterations=[own['iteration'] for _, own in students])
@@ -469,7 +474,8 @@ for name, why in unavailable.items():
     print(f'{TITLES[name][0]}: {why}')
 for name, count in truncated.items():
     if count:
-        print(f'{TITLES[name][0]}: {count} prompts were longer than its text encoder and cut')
+        print(f'{TITLES[name][0]}: {count} prompts were longer than its text encoder and cut, '
+              'all rows together')
 for k, (label, scored) in enumerate(tables.items()):
     if args.sheet in scored:
         scored = scored.sort_values(args.sheet, ascending=False, kind='stable')

@@ -583,8 +583,8 @@ def of_images(folder, names, held, prompts=None, save=None, flags=()):
         (folder / 'prompts.txt').write_text('\n'.join(prompts), encoding='utf-8')
         flags = ['--prompts', folder / 'prompts.txt', *flags]
     done = inside(
-        'evaluate.py', '--images', folder, '--recipe', 'toy', '--metrics', 'rprecision', *flags,
-        '--out', folder / 'x.json')
+        ROOT / 'evaluate.py', '--images', '.', '--recipe', 'toy', '--metrics', 'rprecision', *flags,
+        '--out', folder / 'x.json', cwd=folder)
     row = {}
     if not done.returncode:
         row, = json.loads((folder / 'x.json').read_text())['rows'].values()
@@ -660,9 +660,10 @@ def test_blank_lines_count_and_lines_end_at_newlines_alone(held, tmp_path):
     assert row['rprecision']['value'] > .9
 
 def embedded(tool, text):
-    """What a tool writes into a PNG beside its picture."""
+    """What a tool writes into a PNG beside its picture; of ComfyUI also a node that says nothing."""
     info = PngImagePlugin.PngInfo()
-    nodes = {'3': dict(inputs=dict(seed=1, positive=['7', 0], negative=['8', 0])),
+    nodes = {'1': dict(inputs=dict(positive=['2', 0])), '2': dict(inputs=dict(clip_l='a', t5xxl='a')),
+             '3': dict(inputs=dict(seed=1, positive=['7', 0], negative=['8', 0])),
              '7': dict(inputs=dict(conditioning=['6', 0])), '6': dict(inputs=dict(text=text)),
              '8': dict(inputs=dict(text='ugly'))}
     words = f'{text}\nNegative prompt: ugly\nSteps: 20, Seed: 7' if tool == 'parameters' else nodes
@@ -913,6 +914,8 @@ def broken(tmp_path_factory):
     for name in ('twice/1.png', 'twice/01.jpg', 'untied/metadata.jsonl', 'unreadable/0.png'):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text('{}')
+    (folder / 'several').mkdir()
+    (folder / 'several/metadata.jsonl').write_text('{"file_name": "0.png", "text": ["a", "b"]}')
     (folder / 'short.txt').write_text('a red circle on blue\n')
     (folder / 'short.hard.txt').write_text('a\nb\n')
     (folder / 'other.json').write_text('{"settings": {}}')
@@ -997,7 +1000,9 @@ BAD = [
     ('evaluate.py', ['--images', 'TMP/notes'], '--images TMP/notes has no picture'),
     ('evaluate.py', ['--images', 'TMP/twice'], '--images TMP/twice: which of its 2 pictures'),
     ('evaluate.py', ['--images', 'TMP/untied'], '--images: TMP/untied/metadata.jsonl must'),
+    ('evaluate.py', ['--images', 'TMP/several'], 'it is empty, or a text is no string'),
     ('evaluate.py', ['--images', 'TMP/unreadable'], 'none of its 1 pictures can be read'),
+    ('evaluate.py', ['--pipeline', 'TMP/gone.safetensors'], 'TMP/gone.safetensors does not exist'),
     ('evaluate.py', ['--prompts', 'TMP/short.txt'], 'TMP/short.hard.txt has 2 lines'),
     ('evaluate.py', ['--out', 'TMP/other.json'], '--out TMP/other.json holds something else'),
     ('evaluate.py', ['--ckpt', 'TMP/student_recipe'], "its recipe is 'cake'; give --recipe"),
