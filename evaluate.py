@@ -3,7 +3,7 @@ The paper's table: scores a student beside its teacher, any diffusers pipeline, 
 
     python evaluate.py                        # newest student, its teacher, the teacher at 4 steps
     python evaluate.py --ckpt out/stage2 out/stage1     # two, and the intervals of their difference
-    python evaluate.py --pipeline stabilityai/sdxl-turbo --teacher_steps 4 --cfg 0
+    python evaluate.py --pipeline stabilityai/sdxl-turbo --recipe sdxl --teacher_steps 4 --cfg 0
     python evaluate.py --images FOLDER                  # pictures made by anything else
     torchrun --nproc_per_node=8 -- evaluate.py --n 10000      # the same numbers (mind the --)
 
@@ -27,6 +27,7 @@ there are as many pictures as lines); else by name order. The rule is printed.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -361,20 +362,37 @@ if rank:                                                            # rank 0 alo
 first, *_ = rows
 if real:                                    # as large as the pictures that they are compared with
     real.size = min(Image.open(files_of[first][tables[first].index[0]]).size)
+
+def photos():
+    """The first n_real pictures of --real that can be used, (3, H, W) in [-1, 1], each once."""
+    places, used, passed_over = range(len(real.rows)), 0, Counter()
+    for k in range(0, len(places), args.batch):
+        for pixels, _ in readers.map(real.at, places[k:k + args.batch]):
+            if isinstance(pixels, str):
+                passed_over[pixels] += 1
+            elif used < n_real:
+                used += 1
+                yield pixels
+        if used == n_real:
+            break
+    if passed_over:
+        reasons = ', '.join(f'{count} {reason}' for reason, count in passed_over.items())
+        print(f'--real {args.real}: {used} pictures used, passed over: {reasons} (small: a side '
+              f'below {real.size // 2} px)')
+    if not used:
+        m.die(f'--real {args.real} has no picture that can be used; give larger or other ones')
+
 if clip and 'cmmd' in args.metrics or 'spectrum' in args.metrics:
-    real_vectors, real_bands, passed_over = [], [], Counter()
-    for k in tqdm(range(0, n_real, args.batch), 'real pictures'):
-        samples = [*readers.map(real.__getitem__, range(n_real)[k:k + args.batch])]
-        x = torch.stack([sample['pixels'] for sample in samples]).to(device)
+    real_vectors, real_bands = [], []
+    left = iter(tqdm(photos(), 'real pictures', n_real))
+    while x := [*itertools.islice(left, args.batch)]:
+        x = torch.stack(x).to(device)
         if clip and 'cmmd' in args.metrics:
             real_vectors.append(clip.embed_images((x + 1) / 2).cpu())
         if vae:
             x = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         if 'spectrum' in args.metrics:
             real_bands.append(R.log_spectrum((x + 1) / 2).cpu())
-        passed_over += sum((sample['trouble'] for sample in samples), Counter())
-    if passed_over:
-        print(f'--real {args.real}, passed over:', dict(passed_over))
 
 def statistics(scored):
     """{metric: (1001,)}, its value and 1,000 of resampled pictures, the same for every row."""
@@ -433,11 +451,11 @@ if 'fid' in args.metrics:
     folder = out.parent / f'pictures/real-{short(key)}'
     folder.mkdir(parents=True, exist_ok=True)
     real_files = [folder / f'{i:06d}.png' for i in range(n_real)]
-    for i, file in enumerate(tqdm(real_files, 'real pictures')):
-        if not file.exists():
-            picture = ((real[i]['pixels'] + 1) * 127.5).round().byte()
+    if not all(file.exists() for file in real_files):
+        for file, pixels in zip(real_files, tqdm(photos(), 'real pictures', n_real)):
             with m.replacing(file) as tmp:
-                to_pil_image(picture).save(tmp, 'PNG')
+                to_pil_image(((pixels + 1) * 127.5).round().byte()).save(tmp, 'PNG')
+        real_files = [file for file in real_files if file.exists()]
     try:
         for label, scored in tables.items():
             made = [files_of[label][i] for i in scored.index]
@@ -467,6 +485,9 @@ for label, row in (table | differences).items():
 for label, values in PAPER.get(recipe, {}).items():
     values = dict(zip(PUBLISHED, values))
     line(f'paper: {label}', *(values.get(name, '-') for name in args.metrics), '10,000 of COCO')
+judges = ', '.join(f'{TITLES[name][0]} {vars(args)[name]}' for name in scorers)
+if judges:
+    print(f'judges, of --recipe {recipe}: {judges}')
 if 'cmmd' in args.metrics and not args.clip.rstrip('/').endswith('-336'):
     print(f'CMMD: by {args.clip}; the one of 2401.09603 is by {R.CLIP_L}-336 (--clip), on another '
           'scale')

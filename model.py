@@ -2589,15 +2589,17 @@ class Pictures:
         image = ImageOps.fit(image, (self.size, self.size), Image.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
+    def at(self, position):
+        """What lies just there: pixels, or why there are none, one of TROUBLE; its caption."""
+        row = self._row(self.rows, self._place(position))
+        text = self._text(row, position)
+        return 'uncaptioned' if text is None else self._pixels(row.get(self.image_column)), text
+
     def __getitem__(self, position):
         most = min(2 * len(self.rows), 1000)          # from amid an epoch, every row of the next
         trouble = Counter()
         for p in range(position, position + most):
-            row = self._row(self.rows, self._place(p))
-            text = self._text(row, p)
-            pixels = 'uncaptioned'
-            if text is not None:
-                pixels = self._pixels(row.get(self.image_column))
+            pixels, text = self.at(p)
             if not isinstance(pixels, str):
                 return dict(pixels=pixels, text=text, trouble=trouble)
             trouble[pixels] += 1

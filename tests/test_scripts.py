@@ -660,9 +660,9 @@ def test_blank_lines_count_and_lines_end_at_newlines_alone(held, tmp_path):
     assert row['rprecision']['value'] > .9
 
 def embedded(tool, text):
-    """What a tool writes into a PNG beside its picture; of ComfyUI also a node that says nothing."""
+    """What a tool writes into a PNG beside its picture; also a ComfyUI node without a text."""
     info = PngImagePlugin.PngInfo()
-    nodes = {'1': dict(inputs=dict(positive=['2', 0])), '2': dict(inputs=dict(clip_l='a', t5xxl='a')),
+    nodes = {'1': dict(inputs=dict(positive=['2', 0])), '2': dict(inputs=dict(clip_l='a')),
              '3': dict(inputs=dict(seed=1, positive=['7', 0], negative=['8', 0])),
              '7': dict(inputs=dict(conditioning=['6', 0])), '6': dict(inputs=dict(text=text)),
              '8': dict(inputs=dict(text='ugly'))}
@@ -682,10 +682,19 @@ def test_a_prompt_inside_a_picture_ties_it(tool, lines, held, tmp_path):
     assert row['rprecision']['value'] > .9
 
 def test_real_alone_suffices_and_needs_no_captions(held, tmp_path):
+    """And each of its pictures counts once, though others were passed over."""
     row, done = of_images(
         tmp_path / 'a', [f'{i}.png' for i in range(16)], held, held[1],
         flags=['--metrics', 'cmmd', '--real', tmp_path / 'a', '--n_real', 16])
     assert f'--real {tmp_path}/a: 16 pictures in the column image' in well(done).stdout
+    assert row['cmmd']['value'] < 1e-3
+    assert 'judges, of --recipe toy: CLIP score ' in done.stdout
+    for i in range(4):
+        (tmp_path / f'a/x{i}.png').write_bytes(b'not a picture')
+    row, done = of_images(
+        tmp_path / 'b', [f'{i}.png' for i in range(16)], held, held[1],
+        flags=['--metrics', 'cmmd', '--real', tmp_path / 'a', '--n_real', 20])
+    assert '16 pictures used, passed over: 4 broken' in well(done).stdout
     assert row['cmmd']['value'] < 1e-3
 
 # --------------------------------------------------------------------------------------------------
