@@ -253,7 +253,8 @@ if {'spectrum', 'cmmd', 'fid'} & {*args.metrics}:
 m.quiet()
 vae = None
 if args.real_vae and 'spectrum' in args.metrics and rank == 0:
-    vae = m.load_pipeline(args.real_vae, '--real_vae', torch.float32, t5=False).vae.to(device)
+    own = m.load_pipeline(args.real_vae, '--real_vae', torch.float32, t5=False)
+    vae, family = own.vae.to(device), m.family_of(own)
 scorers, unavailable = {}, {}
 for metric in args.metrics:
     name = 'clip' if metric in ('rprecision', 'margin', 'cmmd') else metric
@@ -282,16 +283,15 @@ files_of = {label: files for label in rows}
 for label, (name, steps, cfg, load) in rows.items():
     if args.images:
         break
-    dtype = torch.float16 if device.type == 'cuda' else torch.float32
     key = dict(source=name, weights=weights[name], steps=steps, cfg=args.cfg, seed=args.seed,
-               dtype=str(dtype), prompts=settings['prompts_sha256'])
+               device=device.type, prompts=settings['prompts_sha256'])
     folder = out.parent / 'pictures' / short(key)
     files_of[label] = {i: folder / f'{i:06d}.png' for i in range(n) if prompts[i]}
     missing = [i for i in range(rank, n, world)
                if prompts[i] and not files_of[label][i].exists()]
     if not missing:
         continue
-    pipe = load(dtype=dtype).to(device)
+    pipe = load().to(device)
     pipe.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'settings.json').write_text(json.dumps(key, indent=1))
@@ -390,7 +390,7 @@ if clip and 'cmmd' in args.metrics or 'spectrum' in args.metrics:
         if clip and 'cmmd' in args.metrics:
             real_vectors.append(clip.embed_images((x + 1) / 2).cpu())
         if vae:
-            x = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+            x = family.to_pixels(vae, family.to_latents(vae, x)).clamp(-1, 1)
         if 'spectrum' in args.metrics:
             real_bands.append(R.log_spectrum((x + 1) / 2).cpu())
 
