@@ -7,6 +7,7 @@ pages are written.
 
 import ast
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import diffusers
@@ -176,6 +179,44 @@ def test_what_evidence_calls_shown(tmp_path):
     _, flags, _ = done.page['CELLS']['refl alone, 2e-4, 60']
     args = refused(TWO, '--init', STUDENT, *flags, '--clamp', 1).page['args']
     assert args.rl_lr == args.student_lr
+
+def test_seconds_are_those_of_the_whole_run(tmp_path, monkeypatch):
+    """A leaderboard, and a cell that was killed between its marks, begin anew where an earlier run
+    left something: the page may have been edited since, or its seconds are unknown."""
+    (tmp_path / 'data/data').mkdir(parents=True)
+    names = 'cmmd', 'spectrum', 'sharpness', 'margin', 'rprecision'
+    values = dict.fromkeys(names, dict(value=0.))
+    rows = dict(a=values | dict(pickscore=dict(value=.7)))
+
+    def process(command, **how):
+        out = Path(command[command.index('--out') + 1])
+        if command[1] == 'evaluate.py':
+            out.write_text(json.dumps(dict(rows=rows)))
+        else:
+            begun.setdefault(out.name, (out / 'left').exists())
+            (out / 'student').mkdir(parents=True, exist_ok=True)
+            (out / 'left').touch()
+            (out / 'log.jsonl').touch()
+        return SimpleNamespace(pid=0)
+
+    begun, used = {}, SimpleNamespace(ru_utime=5., ru_stime=1.)
+    monkeypatch.setattr(subprocess, 'Popen', process)
+    monkeypatch.setattr(os, 'wait4', lambda *_: (0, 0, used))
+    monkeypatch.setattr(m, 'commit', lambda: 'x')
+    for _ in range(2):
+        begun.clear()
+        done = well(inside('tests/evidence.py', '--leaderboard', '--work', tmp_path, '--results',
+                           tmp_path / 'page.md'))
+        assert '6 CPU s (6 to 6)' in done.stdout
+        assert begun == {f'leaderboard-{seed}': False for seed in range(3)}
+    begun.clear()
+    (tmp_path / 'runs/dmd2-ttur_2-0').mkdir(parents=True)
+    (tmp_path / 'runs/dmd2-ttur_2-0/left').touch()
+    done.page['keep'](done.page['kept']('dmd2, ttur 2', 0, 200), cpu=6.)
+    done.page['train']('dmd2, ttur 2', 0)
+    assert begun == {'dmd2-ttur_2-0': False}
+    found = [json.loads(done.page['kept']('dmd2, ttur 2', 0, it).read_text()) for it in (200, 600)]
+    assert [row['cpu'] for row in found] == [6, 12]
 
 # --------------------------------------------------------------------------------------------------
 # the same result, any way
