@@ -3,7 +3,7 @@ The paper's table: scores a student beside its teacher, any diffusers pipeline, 
 
     python evaluate.py                        # newest student, its teacher, the teacher at 4 steps
     python evaluate.py --ckpt out/stage2 out/stage1     # two, and the intervals of their difference
-    python evaluate.py --pipeline stabilityai/sdxl-turbo --teacher_steps 4 --cfg 0
+    python evaluate.py --pipeline stabilityai/sdxl-turbo --recipe sdxl --teacher_steps 4 --cfg 0
     python evaluate.py --images FOLDER                  # pictures made by anything else
     torchrun --nproc_per_node=8 -- evaluate.py --n 10000      # the same numbers (mind the --)
 
@@ -15,7 +15,9 @@ sharpness     deviation of the grey picture's Laplacian, of 255; noise counts as
 spectrum      distance to the pictures of --real (through --real_vae, if given) of the log energy by
               frequency, rms over six bands: texture that is missing or too much, noise as well
 cmmd, fid     distance to the pictures of --real by --clip (2401.09603's formula; its own network
-              is openai/clip-vit-large-patch14-336) or by Inception (clean-fid)
+              is openai/clip-vit-large-patch14-336) or by Inception (clean-fid). Few pictures raise
+              both, so compare at one --n and --n_real: of the shipped student's CMMD of .095, at
+              256 and 512, .058 are that bias
 
 Pictures are kept in pictures/ beside --out and not made again, so a killed run goes on. Brackets
 are 95 % bootstrap intervals over the prompts. In FOLDER pictures are tied to prompts by a
@@ -27,6 +29,7 @@ there are as many pictures as lines); else by name order. The rule is printed.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -129,7 +132,7 @@ def own_prompt(file):
             while isinstance(value, list):                            # the node that it comes from
                 inputs = nodes[value[0]]['inputs']
                 names = 'text', 'text_g', 'positive', 'conditioning', 'value', 'string'
-                value = next(inputs[name] for name in names if name in inputs)
+                value = next((inputs[name] for name in names if name in inputs), None)
             if isinstance(value, str):
                 return value.strip()
     return ''
@@ -174,6 +177,8 @@ if args.images and source.exists():
         entries = [json.loads(line) for line in entries if line.strip()]
         found = [Path(args.images, entry['file_name']) for entry in entries]
         prompts = [entry['text'] for entry in entries]
+        assert prompts and all(isinstance(text, str) for text in prompts), (
+            'it is empty, or a text is no string')
     numbers, rule = range(len(found)), 'by metadata.jsonl'
 else:
     source = Path(args.prompts)
@@ -184,7 +189,7 @@ if args.images and not found:
         m.die(f'--images {args.images} has no picture; give a folder of .png, .jpg or .webp files')
     lines = prompts
     numbers, prompts, rule = tied(found, lines, chosen.prompts)
-    source = source if prompts is lines else Path(args.images)
+    source = source if prompts is lines else Path(args.images).absolute()
 n = args.n or min(len(prompts), 1 + max(numbers, default=len(prompts)))
 files = {i: file for i, file in sorted(zip(numbers, found)) if i < n and prompts[i]}
 if n > len(prompts):
@@ -223,12 +228,15 @@ for steps in guided:
 def short(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
-# of weights and settings; a hub id has no files
-weights = {name: [m.crc(file) for file in sorted([*Path(name).rglob('*.*'), Path(name)])
-                  if file.suffix in ('.safetensors', '.json')]
+def sums(files):
+    """Of weights and settings; a hub id has no files, and of one that is gone loading it tells."""
+    return [m.crc(file) for file in files
+            if file.suffix in ('.safetensors', '.json') and file.is_file()]
+
+weights = {name: sums(sorted([*Path(name).rglob('*.*'), Path(name)]))
            for name, *_ in rows.values() if name}
 if guided and merged:
-    weights[teacher] += [m.crc(merged[0]), merged[1]]
+    weights[teacher] += [*sums([Path(merged[0])]), merged[1]]
 settings = {k: v for k, v in vars(args).items() if k not in ('out', 'batch', 'workers', 'sheet')}
 settings |= dict(rows=list(rows), n=n, weights=weights, prompts_sha256=short(prompts),
                  iterations=[own['iteration'] for _, own in students])
@@ -247,7 +255,8 @@ if {'spectrum', 'cmmd', 'fid'} & {*args.metrics}:
 m.quiet()
 vae = None
 if args.real_vae and 'spectrum' in args.metrics and rank == 0:
-    vae = m.load_pipeline(args.real_vae, '--real_vae', torch.float32, t5=False).vae.to(device)
+    own = m.load_pipeline(args.real_vae, '--real_vae', torch.float32, t5=False)
+    vae, family = own.vae.to(device), m.family_of(own)
 scorers, unavailable = {}, {}
 for metric in args.metrics:
     name = 'clip' if metric in ('rprecision', 'margin', 'cmmd') else metric
@@ -276,16 +285,15 @@ files_of = {label: files for label in rows}
 for label, (name, steps, cfg, load) in rows.items():
     if args.images:
         break
-    dtype = torch.float16 if device.type == 'cuda' else torch.float32
     key = dict(source=name, weights=weights[name], steps=steps, cfg=args.cfg, seed=args.seed,
-               dtype=str(dtype), prompts=settings['prompts_sha256'])
+               device=device.type, prompts=settings['prompts_sha256'])
     folder = out.parent / 'pictures' / short(key)
     files_of[label] = {i: folder / f'{i:06d}.png' for i in range(n) if prompts[i]}
     missing = [i for i in range(rank, n, world)
                if prompts[i] and not files_of[label][i].exists()]
     if not missing:
         continue
-    pipe = load(dtype=dtype).to(device)
+    pipe = load().to(device)
     pipe.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'settings.json').write_text(json.dumps(key, indent=1))
@@ -356,20 +364,37 @@ if rank:                                                            # rank 0 alo
 first, *_ = rows
 if real:                                    # as large as the pictures that they are compared with
     real.size = min(Image.open(files_of[first][tables[first].index[0]]).size)
+
+def photos():
+    """The first n_real pictures of --real that can be used, (3, H, W) in [-1, 1], each once."""
+    places, used, passed_over = range(len(real.rows)), 0, Counter()
+    for k in range(0, len(places), args.batch):
+        for pixels, _ in readers.map(real.at, places[k:k + args.batch]):
+            if isinstance(pixels, str):
+                passed_over[pixels] += 1
+            elif used < n_real:
+                used += 1
+                yield pixels
+        if used == n_real:
+            break
+    if passed_over:
+        reasons = ', '.join(f'{count} {reason}' for reason, count in passed_over.items())
+        print(f'--real {args.real}: {used} pictures used, passed over: {reasons} (small: a side '
+              f'below {real.size // 2} px)')
+    if not used:
+        m.die(f'--real {args.real} has no picture that can be used; give larger or other ones')
+
 if clip and 'cmmd' in args.metrics or 'spectrum' in args.metrics:
-    real_vectors, real_bands, passed_over = [], [], Counter()
-    for k in tqdm(range(0, n_real, args.batch), 'real pictures'):
-        samples = [*readers.map(real.__getitem__, range(n_real)[k:k + args.batch])]
-        x = torch.stack([sample['pixels'] for sample in samples]).to(device)
+    real_vectors, real_bands = [], []
+    left = iter(tqdm(photos(), 'real pictures', n_real))
+    while x := [*itertools.islice(left, args.batch)]:
+        x = torch.stack(x).to(device)
         if clip and 'cmmd' in args.metrics:
             real_vectors.append(clip.embed_images((x + 1) / 2).cpu())
         if vae:
-            x = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+            x = family.to_pixels(vae, family.to_latents(vae, x)).clamp(-1, 1)
         if 'spectrum' in args.metrics:
             real_bands.append(R.log_spectrum((x + 1) / 2).cpu())
-        passed_over += sum((sample['trouble'] for sample in samples), Counter())
-    if passed_over:
-        print(f'--real {args.real}, passed over:', dict(passed_over))
 
 def statistics(scored):
     """{metric: (1001,)}, its value and 1,000 of resampled pictures, the same for every row."""
@@ -428,11 +453,11 @@ if 'fid' in args.metrics:
     folder = out.parent / f'pictures/real-{short(key)}'
     folder.mkdir(parents=True, exist_ok=True)
     real_files = [folder / f'{i:06d}.png' for i in range(n_real)]
-    for i, file in enumerate(tqdm(real_files, 'real pictures')):
-        if not file.exists():
-            picture = ((real[i]['pixels'] + 1) * 127.5).round().byte()
+    if not all(file.exists() for file in real_files):
+        for file, pixels in zip(real_files, tqdm(photos(), 'real pictures', n_real)):
             with m.replacing(file) as tmp:
-                to_pil_image(picture).save(tmp, 'PNG')
+                to_pil_image(((pixels + 1) * 127.5).round().byte()).save(tmp, 'PNG')
+        real_files = [file for file in real_files if file.exists()]
     try:
         for label, scored in tables.items():
             made = [files_of[label][i] for i in scored.index]
@@ -462,6 +487,9 @@ for label, row in (table | differences).items():
 for label, values in PAPER.get(recipe, {}).items():
     values = dict(zip(PUBLISHED, values))
     line(f'paper: {label}', *(values.get(name, '-') for name in args.metrics), '10,000 of COCO')
+judges = ', '.join(f'{TITLES[name][0]} {vars(args)[name]}' for name in scorers)
+if judges:
+    print(f'judges, of --recipe {recipe}: {judges}')
 if 'cmmd' in args.metrics and not args.clip.rstrip('/').endswith('-336'):
     print(f'CMMD: by {args.clip}; the one of 2401.09603 is by {R.CLIP_L}-336 (--clip), on another '
           'scale')
@@ -469,7 +497,8 @@ for name, why in unavailable.items():
     print(f'{TITLES[name][0]}: {why}')
 for name, count in truncated.items():
     if count:
-        print(f'{TITLES[name][0]}: {count} prompts were longer than its text encoder and cut')
+        print(f'{TITLES[name][0]}: {count} prompts were longer than its text encoder and cut, '
+              'all rows together')
 for k, (label, scored) in enumerate(tables.items()):
     if args.sheet in scored:
         scored = scored.sort_values(args.sheet, ascending=False, kind='stable')

@@ -318,8 +318,9 @@ class Schedule:
 # the base model: a diffusers pipeline taken apart. All that differs between families stands in the
 # subclass of a family
 
-def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
-    """DiffusionPipeline from a folder or a hub id, dtype as diffusers takes it.
+def load_pipeline(name, flag, dtype=None, t5=None, base_lora=()):
+    """DiffusionPipeline from a folder or a hub id, dtype as diffusers takes it; None: what it draws
+    in, its family's half precision on a card, else float32.
 
     t5: of an SD3 pipeline's third text encoder, False leaves it on the disk, True insists on it,
     None takes what is there. base_lora: [file, weight] of a LoRA to merge into it, or nothing.
@@ -338,6 +339,8 @@ def load_pipeline(name, flag, dtype, t5=None, base_lora=()):
                    'kind could not be downloaded; a diffusers folder has them: save_pretrained')
     if not folder.exists():
         trouble = f'could not be loaded or downloaded; {flag} assets/toy/sdxl runs offline'
+    if dtype is None:
+        dtype = half_of(name) if torch.cuda.is_available() else torch.float32
     with sentence(f'{flag} {name} {trouble}'):
         # a pipeline saved without its T5 has to be told so again
         parts = json.loads(index.read_text()) if index.exists() else {}
@@ -415,6 +418,15 @@ def class_of(name):
             index = Path(try_to_load_from_cache(str(name), 'model_index.json'))
         return json.loads(index.read_text())['_class_name']
     return ''
+
+def half_of(name):
+    """The half precision of a pipeline's family; of one on the hub its model_index.json is
+    fetched."""
+    if not Path(name).exists():
+        from huggingface_hub import hf_hub_download
+        with contextlib.suppress(Exception):               # loading it says what is wrong
+            hf_hub_download(str(name), 'model_index.json')
+    return FAMILIES.get(class_of(name), Base).half
 
 def load_file_of_all(file, dtype, without):
     """The pipeline in one .safetensors file, as SDXL's fine-tunes are published."""
@@ -531,6 +543,9 @@ class Base:
     reads = {'': 77, '_2': 77, '_3': 256}                 # tokens that each text encoder reads
     unguided = 'guidance_scale=0'                         # of a pipeline's call, as on a card
     published_side = None                             # where a network's config has no sample_size
+    # what it draws in on a card. float16 is finer, but only SDXL's and SD3's activations are within
+    # its range: Z-Image's pictures are black in it (Tongyi-MAI/Z-Image#14)
+    half = torch.bfloat16
 
     @staticmethod
     def depth(pipe):
@@ -573,13 +588,15 @@ class Base:
 
     unpack = pack
 
-    def to_pixels(self, z):
+    @staticmethod
+    def to_pixels(vae, z):
         """The VAE's decoder: its own latents (B, C, h, w) -> (B, 3, H, W)."""
-        return self.vae.decode(z).sample
+        return vae.decode(z).sample
 
-    def to_latents(self, pixels):
+    @staticmethod
+    def to_latents(vae, pixels):
         """The mean of its encoder: (B, 3, H, W) -> (B, C, h, w)."""
-        return self.vae.encode(pixels).latent_dist.mean
+        return vae.encode(pixels).latent_dist.mean
 
     def __init__(self, name, pipe, device, offload=False, base_lora=()):
         self.name = name
@@ -687,14 +704,14 @@ class Base:
         config = self.vae.config
         mean, std = self._statistics()
         z = z / (config.get('scaling_factor') or 1) + (config.get('shift_factor') or 0)
-        return self.to_pixels(z * std + mean)
+        return self.to_pixels(self.vae, z * std + mean)
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
         config = self.vae.config
         mean, std = self._statistics()
-        z = (self.to_latents(pixels) - mean) / std
+        z = (self.to_latents(self.vae, pixels) - mean) / std
         return (z - (config.get('shift_factor') or 0)) * (config.get('scaling_factor') or 1)
 
     @torch.no_grad()
@@ -753,6 +770,7 @@ def as_long(u, c):
     return F.pad(u, [0, 0] * (u.ndim - 2) + [0, c.shape[1] - u.shape[1]])
 
 class SDXL(Base):
+    half = torch.float16
     part = 'unet'
     architecture = 'stable-diffusion-xl-v1-base'
     recipe = 'sdxl'
@@ -786,6 +804,7 @@ class SDXL(Base):
         return [*net.config.block_out_channels, net.config.block_out_channels[-1]]
 
 class SD3(Base):
+    half = torch.float16
     part = 'transformer'
     architecture = 'stable-diffusion-3'
     recipe = 'sd3'
@@ -816,6 +835,7 @@ class SD3(Base):
 class QwenImage(SD3):
     """Blocks as SD3's, tokens of 2 x 2 latents, one text encoder and a mask, a VAE of videos."""
 
+    half = Base.half
     architecture = 'qwen-image'
     recipe = 'qwen'
     reads = {'': 512}
@@ -864,18 +884,21 @@ class QwenImage(SD3):
     def unpack(self, x):
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (round(x.shape[1] ** .5), -1)), 2)
 
-    def to_pixels(self, z):
+    @staticmethod
+    def to_pixels(vae, z):
         # without the cache of a video's earlier frames, and without the clamp
-        return self.vae.decoder(self.vae.post_quant_conv(z[:, :, None]))[:, :, 0]
+        return vae.decoder(vae.post_quant_conv(z[:, :, None]))[:, :, 0]
 
-    def to_latents(self, pixels):
-        return self.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
+    @staticmethod
+    def to_latents(vae, pixels):
+        return vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
 
 class ZImage(SD3):
     """One sequence of tokens, those of 2 x 2 latents and behind them the text's, as long as it is.
     It predicts x0 - eps, its time is 1 where nothing is noise, and guidance w = --cfg is its
     pipeline's guidance_scale w - 1: cond + (w - 1) (cond - uncond)."""
 
+    half = Base.half
     architecture = 'z-image'
     recipe = 'zimage'
     reads = {'': 504}                                  # 512 with the chat's frame around the prompt
@@ -1353,7 +1376,7 @@ def snippet(facts, family):
     lines = [
         'import torch', f'from diffusers import {names}',
         "student = '.'                                   # this folder, or its name on the hub",
-        'cuda = torch.cuda.is_available()', 'dtype = torch.float16 if cuda else torch.float32',
+        'cuda = torch.cuda.is_available()', f'dtype = {family.half} if cuda else torch.float32',
         f'pipe = DiffusionPipeline.from_pretrained({repr(base) if lora else "student"}, '
         f'dtype=dtype{more})']
     if lora and facts.get('base_lora'):
@@ -1494,7 +1517,7 @@ def restore_student(base, net, folder, lora):
             adapters[name.replace('.weight', '.default.weight')] = w.float() / scale
         load_trained(net, adapters)
 
-def load_student(folder, facts, dtype):
+def load_student(folder, facts, dtype=None):
     """A student's pipeline with its scheduler: the saved one, or its base model with adapters."""
     if not facts.get('lora'):
         return load_pipeline(folder, '--ckpt', dtype)
@@ -2597,15 +2620,17 @@ class Pictures:
         image = ImageOps.fit(image, (self.size, self.size), Image.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
+    def at(self, position):
+        """What lies just there: pixels, or why there are none, one of TROUBLE; its caption."""
+        row = self._row(self.rows, self._place(position))
+        text = self._text(row, position)
+        return 'uncaptioned' if text is None else self._pixels(row.get(self.image_column)), text
+
     def __getitem__(self, position):
         most = min(2 * len(self.rows), 1000)          # from amid an epoch, every row of the next
         trouble = Counter()
         for p in range(position, position + most):
-            row = self._row(self.rows, self._place(p))
-            text = self._text(row, p)
-            pixels = 'uncaptioned'
-            if text is not None:
-                pixels = self._pixels(row.get(self.image_column))
+            pixels, text = self.at(p)
             if not isinstance(pixels, str):
                 return dict(pixels=pixels, text=text, trouble=trouble)
             trouble[pixels] += 1

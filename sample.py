@@ -68,7 +68,7 @@ folder, facts = m.find_student(args.ckpt)
 base = facts['base_model']
 prompts = m.read_prompts(args.prompts) if args.prompts else facts['prompts']
 prompts = [args.prompt or prompts[i % len(prompts)] for i in range(args.n)]
-device, dtype = ('cuda', torch.float16) if torch.cuda.is_available() else ('cpu', torch.float32)
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # --------------------------------------------------------------------------------------------------
 # the student for others
@@ -181,10 +181,10 @@ if not args.serve:
     m.writable_folder(place if single and not args.merge else place.parent,
                       '--merge' if args.merge else '--out')
 if args.teacher:
-    pipe = m.load_pipeline(
-        base, "--teacher: the student's base model", dtype, facts.get('t5'), facts.get('base_lora'))
+    pipe = m.load_pipeline(base, "--teacher: the student's base model", t5=facts.get('t5'),
+                           base_lora=facts.get('base_lora'))
 else:
-    pipe = m.load_student(folder, facts, dtype)
+    pipe = m.load_student(folder, facts)
 if args.merge:
     if facts.get('lora'):
         pipe.fuse_lora()
@@ -199,7 +199,7 @@ if args.merge:
         else:
             pipe.save_pretrained(tmp)
             m.write_facts(tmp, facts, family, folder.parent)
-    print(f'{place}: {folder} as {"one file" if one_file else f"a whole pipeline, {dtype}"}')
+    print(f'{place}: {folder} as {"one file" if one_file else f"a whole pipeline, {pipe.dtype}"}')
     if args.push_to_hub:
         print(f'{place}: uploaded to {push(place, args.push_to_hub)}')
     raise SystemExit
@@ -243,8 +243,8 @@ def save(i, text, picture):
 @functools.cache
 def teacher():
     """The student's teacher, loaded when it is asked for."""
-    found = m.load_pipeline(
-        base, "the student's base model", dtype, facts.get('t5'), facts.get('base_lora'))
+    found = m.load_pipeline(base, "the student's base model", t5=facts.get('t5'),
+                            base_lora=facts.get('base_lora'))
     found.set_progress_bar_config(disable=True)
     return found.to(device)
 

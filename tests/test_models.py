@@ -318,6 +318,17 @@ def test_its_steps_are_shifted_by_the_number_of_tokens(base):
         scheduler.set_timesteps(sigmas=[1, .75, .5, .25], mu=mu)
         assert torch.allclose(schedule.steps(4), scheduler.timesteps, atol=1e-3)
 
+def test_half_precision_is_wide_enough(base, monkeypatch):
+    """As it is drawn on a card; SDXL's and SD3's is finer. The card's lines have it as well."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    facts = dict(base_model=base.name, steps=[1000], prompts=['a star'])
+    for name, family, half in (
+            (base.name, type(base), torch.bfloat16), (TOY, m.SDXL, torch.float16),
+            (ROOT / 'assets/toy/sd3', m.SD3, torch.float16)):
+        pipe = m.load_pipeline(name, '--ckpt')
+        assert {net.dtype for net in (m.network_of(pipe), pipe.vae, pipe.text_encoder)} == {half}
+        assert f'dtype = {half} if cuda' in '\n'.join(m.snippet(facts, family))
+
 def test_every_script_takes_it(base, name, tmp_path, monkeypatch):
     """Both GANs, all weights, saved adapters, which plain diffusers draws with by the card's lines,
     sampling, merging, evaluation, rewards of pictures; no latent reward, no --compile of one."""
@@ -353,7 +364,8 @@ def test_every_script_takes_it(base, name, tmp_path, monkeypatch):
     assert np.abs(drawn(tmp_path / 'b.png', '--ckpt', tmp_path / 'whole') - ours).max() <= 1
     drawn(tmp_path / 'c.png', '--ckpt', out, '--teacher', '--steps', 2)
     said = run(tmp_path / 'e.json', 'evaluate.py', '--ckpt', out, '--teacher', '--n', 2,
-               '--teacher_steps', 2, '--metrics', 'clip')
+               '--teacher_steps', 2, '--metrics', 'clip', 'spectrum', '--real_vae', base.name,
+               '--n_real', 2)
     assert '2 steps, CFG 3' in said
     stage_2 = ['train_stage2.py', '--init', out, *SHORT, '--eval_every', 0]
     run(tmp_path / 'two', *stage_2, '--reward', 'pickscore')

@@ -7,6 +7,7 @@ pages are written.
 
 import ast
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import diffusers
@@ -183,6 +186,44 @@ def test_what_evidence_calls_shown(tmp_path):
     _, flags, _ = done.page['CELLS']['refl alone, 2e-4, 60']
     args = refused(TWO, '--init', STUDENT, *flags, '--clamp', 1).page['args']
     assert args.rl_lr == args.student_lr
+
+def test_seconds_are_those_of_the_whole_run(tmp_path, monkeypatch):
+    """A leaderboard, and a cell that was killed between its marks, begin anew where an earlier run
+    left something: the page may have been edited since, or its seconds are unknown."""
+    (tmp_path / 'data/data').mkdir(parents=True)
+    names = 'cmmd', 'spectrum', 'sharpness', 'margin', 'rprecision'
+    values = dict.fromkeys(names, dict(value=0.))
+    rows = dict(a=values | dict(pickscore=dict(value=.7)))
+
+    def process(command, **how):
+        out = Path(command[command.index('--out') + 1])
+        if command[1] == 'evaluate.py':
+            out.write_text(json.dumps(dict(rows=rows)))
+        else:
+            begun.setdefault(out.name, (out / 'left').exists())
+            (out / 'student').mkdir(parents=True, exist_ok=True)
+            (out / 'left').touch()
+            (out / 'log.jsonl').touch()
+        return SimpleNamespace(pid=0)
+
+    begun, used = {}, SimpleNamespace(ru_utime=5., ru_stime=1.)
+    monkeypatch.setattr(subprocess, 'Popen', process)
+    monkeypatch.setattr(os, 'wait4', lambda *_: (0, 0, used))
+    monkeypatch.setattr(m, 'commit', lambda: 'x')
+    for _ in range(2):
+        begun.clear()
+        done = well(inside('tests/evidence.py', '--leaderboard', '--work', tmp_path, '--results',
+                           tmp_path / 'page.md'))
+        assert '6 CPU s (6 to 6)' in done.stdout
+        assert begun == {f'leaderboard-{seed}': False for seed in range(3)}
+    begun.clear()
+    (tmp_path / 'runs/dmd2-ttur_2-0').mkdir(parents=True)
+    (tmp_path / 'runs/dmd2-ttur_2-0/left').touch()
+    done.page['keep'](done.page['kept']('dmd2, ttur 2', 0, 200), cpu=6.)
+    done.page['train']('dmd2, ttur 2', 0)
+    assert begun == {'dmd2-ttur_2-0': False}
+    found = [json.loads(done.page['kept']('dmd2, ttur 2', 0, it).read_text()) for it in (200, 600)]
+    assert [row['cpu'] for row in found] == [6, 12]
 
 # --------------------------------------------------------------------------------------------------
 # the same result, any way
@@ -590,8 +631,8 @@ def of_images(folder, names, held, prompts=None, save=None, flags=()):
         (folder / 'prompts.txt').write_text('\n'.join(prompts), encoding='utf-8')
         flags = ['--prompts', folder / 'prompts.txt', *flags]
     done = inside(
-        'evaluate.py', '--images', folder, '--recipe', 'toy', '--metrics', 'rprecision', *flags,
-        '--out', folder / 'x.json')
+        ROOT / 'evaluate.py', '--images', '.', '--recipe', 'toy', '--metrics', 'rprecision', *flags,
+        '--out', folder / 'x.json', cwd=folder)
     row = {}
     if not done.returncode:
         row, = json.loads((folder / 'x.json').read_text())['rows'].values()
@@ -667,9 +708,10 @@ def test_blank_lines_count_and_lines_end_at_newlines_alone(held, tmp_path):
     assert row['rprecision']['value'] > .9
 
 def embedded(tool, text):
-    """What a tool writes into a PNG beside its picture."""
+    """What a tool writes into a PNG beside its picture; also a ComfyUI node without a text."""
     info = PngImagePlugin.PngInfo()
-    nodes = {'3': dict(inputs=dict(seed=1, positive=['7', 0], negative=['8', 0])),
+    nodes = {'1': dict(inputs=dict(positive=['2', 0])), '2': dict(inputs=dict(clip_l='a')),
+             '3': dict(inputs=dict(seed=1, positive=['7', 0], negative=['8', 0])),
              '7': dict(inputs=dict(conditioning=['6', 0])), '6': dict(inputs=dict(text=text)),
              '8': dict(inputs=dict(text='ugly'))}
     words = f'{text}\nNegative prompt: ugly\nSteps: 20, Seed: 7' if tool == 'parameters' else nodes
@@ -688,10 +730,19 @@ def test_a_prompt_inside_a_picture_ties_it(tool, lines, held, tmp_path):
     assert row['rprecision']['value'] > .9
 
 def test_real_alone_suffices_and_needs_no_captions(held, tmp_path):
+    """And each of its pictures counts once, though others were passed over."""
     row, done = of_images(
         tmp_path / 'a', [f'{i}.png' for i in range(16)], held, held[1],
         flags=['--metrics', 'cmmd', '--real', tmp_path / 'a', '--n_real', 16])
     assert f'--real {tmp_path}/a: 16 pictures in the column image' in well(done).stdout
+    assert row['cmmd']['value'] < 1e-3
+    assert 'judges, of --recipe toy: CLIP score ' in done.stdout
+    for i in range(4):
+        (tmp_path / f'a/x{i}.png').write_bytes(b'not a picture')
+    row, done = of_images(
+        tmp_path / 'b', [f'{i}.png' for i in range(16)], held, held[1],
+        flags=['--metrics', 'cmmd', '--real', tmp_path / 'a', '--n_real', 20])
+    assert '16 pictures used, passed over: 4 broken' in well(done).stdout
     assert row['cmmd']['value'] < 1e-3
 
 # --------------------------------------------------------------------------------------------------
@@ -928,6 +979,8 @@ def broken(tmp_path_factory):
     for name in ('twice/1.png', 'twice/01.jpg', 'untied/metadata.jsonl', 'unreadable/0.png'):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text('{}')
+    (folder / 'several').mkdir()
+    (folder / 'several/metadata.jsonl').write_text('{"file_name": "0.png", "text": ["a", "b"]}')
     (folder / 'short.txt').write_text('a red circle on blue\n')
     (folder / 'short.hard.txt').write_text('a\nb\n')
     (folder / 'other.json').write_text('{"settings": {}}')
@@ -1012,7 +1065,9 @@ BAD = [
     ('evaluate.py', ['--images', 'TMP/notes'], '--images TMP/notes has no picture'),
     ('evaluate.py', ['--images', 'TMP/twice'], '--images TMP/twice: which of its 2 pictures'),
     ('evaluate.py', ['--images', 'TMP/untied'], '--images: TMP/untied/metadata.jsonl must'),
+    ('evaluate.py', ['--images', 'TMP/several'], 'it is empty, or a text is no string'),
     ('evaluate.py', ['--images', 'TMP/unreadable'], 'none of its 1 pictures can be read'),
+    ('evaluate.py', ['--pipeline', 'TMP/gone.safetensors'], 'TMP/gone.safetensors does not exist'),
     ('evaluate.py', ['--prompts', 'TMP/short.txt'], 'TMP/short.hard.txt has 2 lines'),
     ('evaluate.py', ['--out', 'TMP/other.json'], '--out TMP/other.json holds something else'),
     ('evaluate.py', ['--ckpt', 'TMP/student_recipe'], "its recipe is 'cake'; give --recipe"),
