@@ -260,14 +260,13 @@ def train(name, seed, more=(), label=None):
     script, flags, its = CELLS[name]
     label = label or name
     # where other cells begin the student itself is wanted
-    if name not in ONE_SEED and all(found_in(kept(label, seed, it)) for it in its):
+    known = Path.exists if name in ONE_SEED else found_in
+    if all(known(kept(label, seed, it)) for it in its):
         return
     out, spent = work / 'runs' / slug(label, seed), 0.
     start = ['--init', SHIPPED, '--eval_every', 0] if script == TWO else []
     if script == TWO and base_of(flags) == TOY_SD3:
         start[1] = student('sd3', 0, 300)
-    if kept(label, seed, its[-1]).exists():
-        return
     m.remove(out)                             # killed amid it: anew, as its CPU seconds are unknown
     for it in its:
         if it:
@@ -335,7 +334,7 @@ def read_all():
             found[own.stem] = row
     return dict(sorted(found.items()))
 
-def known(name, it):
+def scored(name, it):
     """{seed: {metric: value}} of what is scored."""
     files = {seed: kept(name, seed, it).stem for seed in range(100)}
     return {seed: everything[file] for seed, file in files.items() if file in everything}
@@ -351,7 +350,7 @@ def shown(values, form, sign=''):
 
 def verdict(c):
     """A claim's row: both values, the difference with its standard error, and what it shows."""
-    left, right = (known(*side) for side in c.sides)
+    left, right = (scored(*side) for side in c.sides)
     title, form = METRICS[c.metric]
     if len(right) == 1 and c.sides[1][0] in ONE_SEED:
         right = dict.fromkeys(left, right[0])
@@ -383,7 +382,7 @@ def cosines(log):
 
 def conflict(name):
     """The rows of a cell's cosines, by step, over its seeds."""
-    runs = [row.get('cosine', {}) for row in known(name, CELLS[name][2][-1]).values()]
+    runs = [row.get('cosine', {}) for row in scored(name, CELLS[name][2][-1]).values()]
     rows = []
     for t in sorted({t for run in runs for t in run}, key=int, reverse=True):
         means, lowest, highest = zip(*(run[t] for run in runs))
@@ -420,7 +419,7 @@ def page():
     rows = []
     for name, its in (dict.fromkeys(ROWS, [0]) | {k: v[2] for k, v in CELLS.items()}).items():
         for it in its:
-            found = [*known(name, it).values()]
+            found = [*scored(name, it).values()]
             if found:
                 values = (shown((row[key] for row in found), form)
                           for key, (_, form) in METRICS.items())
@@ -431,7 +430,7 @@ def page():
     lines += table(['cell', 'command'], (
         [name, f'`python {" ".join([script, *flags])} --iters {its[-1]}`']
         for name, (script, flags, its) in CELLS.items()
-        if its[-1] and any(known(name, it) for it in its)))
+        if its[-1] and any(scored(name, it) for it in its)))
     lines += ['', 'Those of train_stage2.py with `--init '
               f'{SHIPPED} --eval_every 0`, the shipped student, of SD3 that of the cell sd3; all '
               'with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all threads.']
