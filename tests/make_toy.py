@@ -1,29 +1,35 @@
 """
-Builds assets/toy/: a miniature of every pretrained file that the scripts load, in the real formats, from one seed.
+Builds assets/toy/: a miniature of every pretrained file that the scripts load, in the real formats,
+from one seed.
 
-    python tests/make_toy.py                      # everything, about 4 hours on 2 CPU cores, minutes on a GPU
+    python tests/make_toy.py                      # everything, about 4 hours on 2 CPU cores
     python tests/make_toy.py --only vae teacher   # some components, in the order below
     python tests/make_toy.py --only clip --iters 50 --out out/toy      # a quick look at one
     python tests/make_toy.py --world --only vae data teacher --out out/world --work out/make_world
 
-Run the same command again after a kill: finished components are skipped, a half-trained one goes on from its last
-checkpoint in --work. Components:
+Run the same command again after a kill: finished components are skipped, a half-trained one goes on
+from its last checkpoint in --work. Components:
 
-    data     pictures drawn by the code below with their captions, as parquet; prompt lists; the CLIP tokenizer
-    vae      AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 16
-    sam      segment_anything's own classes, point prompt -> object mask
-    clip     transformers CLIPModel, contrastive with hard negatives; the judge of evaluate.py
-    teacher  StableDiffusionXLPipeline: two text encoders and an SDXL UNet, trained together on eps
-    student  what `python train_stage1.py --recipe toy --lora 32` makes of the teacher; adapters, since all weights are 9 MB
+    data       pictures drawn by the code below with their captions, as parquet; prompt lists
+    vae        AutoencoderKL, 64 x 64 x 3 -> 8 x 8 x 16
+    sam        segment_anything's own classes, point prompt -> object mask
+    clip       transformers' CLIPModel, contrastive with hard negatives; the judge of evaluate.py
+    teacher    StableDiffusionXLPipeline: two text encoders and a UNet, trained together on eps
+    student    what `python train_stage1.py --recipe toy --lora 32` makes of the teacher; adapters,
+               since all weights are 9 MB
     pickscore  the CLIP, trained on preference pairs: PickScore's format
-    lrm      latent reward model in LPO's layout, trained on the same kind of pairs at every noise level
-    sd3      StableDiffusion3Pipeline without T5: a small MMDiT trained on the flow, on sdxl's VAE and frozen text encoders
-    lrm_sd3  the latent reward of sd3's latents: the first half of its transformer, trained as lrm
-    style    a LoRA on the teacher in diffusers' format: pictures with a circle or a star are negatives. Only with --only
+    lrm        latent reward model in LPO's layout, trained on such pairs at every noise level
+    sd3        StableDiffusion3Pipeline without T5: a small MMDiT trained on the flow, on sdxl's VAE
+               and frozen text encoders
+    lrm_sd3    the latent reward of sd3's latents: the first half of its transformer, trained as lrm
+    style      a LoRA on the teacher in diffusers' format: pictures with a circle or a star are
+               negatives. Only with --only
 """
 
 import functools
+import io
 import itertools
+import json
 import math
 import os
 import shutil
@@ -38,66 +44,86 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm', 'sd3', 'lrm_sd3', 'style']
+sys.path.insert(0, str(ROOT))
 
-# ---------------------------------------------------------------------------------------------------------------------
+import model as m                                                                      # noqa: E402
+
+COMPONENTS = ['data', 'vae', 'sam', 'clip', 'teacher', 'student', 'pickscore', 'lrm', 'sd3',
+              'lrm_sd3', 'style']
+TOKENS = 24                                     # of the longest text, in all tokenizers but sd3's
+
+# --------------------------------------------------------------------------------------------------
 # pictures: one or two shaded objects with a drop shadow on a lit, grainy background
 
 SIZE = 64
-COLOURS = {'red': (.86, .15, .15), 'green': (.17, .64, .24), 'blue': (.15, .33, .86), 'yellow': (.96, .84, .16),
-           'purple': (.54, .18, .70), 'orange': (.97, .52, .08), 'white': (.95, .95, .95), 'black': (.09, .09, .09)}
+COLOURS = {
+    'red': (.86, .15, .15), 'green': (.17, .64, .24), 'blue': (.15, .33, .86),
+    'yellow': (.96, .84, .16), 'purple': (.54, .18, .70), 'orange': (.97, .52, .08),
+    'white': (.95, .95, .95), 'black': (.09, .09, .09)}
 SHAPES = ['circle', 'square', 'triangle', 'star', 'ring', 'cross']
 TEXTURES = ['plain', 'striped', 'dotted', 'checkered']
 RELATIONS = ['left of', 'above']
+
+def a_tenth(values):
+    """The same tenth of a list at every call, as a set."""
+    order = np.random.default_rng(2511).permutation(len(values))
+    return {values[i] for i in order[:len(values) // 10]}
+
 TRIPLES = list(itertools.product(TEXTURES, COLOURS, SHAPES))
-# a tenth of the (texture, colour, shape) triples never occurs in training
-UNSEEN = {TRIPLES[i] for i in np.random.default_rng(2511).permutation(len(TRIPLES))[:len(TRIPLES) // 10]}
+UNSEEN = a_tenth(TRIPLES)                                         # these never occur in training
 YY, XX = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + .5
 
-
 def draw_scene(rng, unseen=False):
-    """A random scene: a dict with 'objects' (one or two triples), 'relation' (None for one object) and 'background'.
-    unseen=False uses training triples only; unseen=True makes at least one triple a held-out one."""
-    pool = [t for t in TRIPLES if t not in UNSEEN]
-    objects = [pool[rng.integers(len(pool))] for _ in range(1 if rng.random() < .4 else 2)]
+    """A random scene: a dict with 'objects' (one or two triples), 'relation' (None for one object)
+    and 'background'. unseen=False uses training triples only; unseen=True makes at least one triple
+    a held-out one."""
+    seen = [triple for triple in TRIPLES if triple not in UNSEEN]
+    number = 1 if rng.random() < .4 else 2
+    objects = [seen[rng.integers(len(seen))] for _ in range(number)]
     if unseen:
-        objects[rng.integers(len(objects))] = sorted(UNSEEN)[rng.integers(len(UNSEEN))]
-    free = [c for c in COLOURS if c not in {o[1] for o in objects}]
-    return dict(objects=objects, relation=RELATIONS[rng.integers(2)] if len(objects) == 2 else None,
-                background=free[rng.integers(len(free))])
-
+        held_out = sorted(UNSEEN)[rng.integers(len(UNSEEN))]
+        objects[rng.integers(number)] = held_out
+    taken = {colour for _, colour, _ in objects}
+    free = [colour for colour in COLOURS if colour not in taken]
+    relation = RELATIONS[rng.integers(2)] if number == 2 else None
+    background = free[rng.integers(len(free))]
+    return dict(objects=objects, relation=relation, background=background)
 
 def caption(scene):
-    """`a [TEXTURE] COLOUR SHAPE [left of|above a [TEXTURE] COLOUR SHAPE] on COLOUR`; plain is unsaid."""
-    names = ['a ' + ' '.join(w for w in o if w != 'plain') for o in scene['objects']]
+    """`a [TEXTURE] COLOUR SHAPE [left of|above a [TEXTURE] COLOUR SHAPE] on COLOUR`; plain is
+    unsaid."""
+    names = ['a ' + ' '.join(word for word in triple if word != 'plain')
+             for triple in scene['objects']]
     return f' {scene["relation"]} '.join(names) + f' on {scene["background"]}'
 
-
 def variants(scene):
-    """Every scene that differs from this one in exactly one attribute (texture, colour, shape, relation, background) and
-    still has a caption in the grammar."""
-    out = []
-    for k, o in enumerate(scene['objects']):
+    """Every scene that differs from this one in exactly one attribute (texture, colour, shape,
+    relation, background) and still has a caption in the grammar."""
+    found = []
+    for k, triple in enumerate(scene['objects']):
         for slot, values in enumerate([TEXTURES, list(COLOURS), SHAPES]):
-            for v in values:
-                if v != o[slot] and not (slot == 1 and v == scene['background']):
+            for value in values:
+                invisible = slot == 1 and value == scene['background']
+                if value != triple[slot] and not invisible:
                     objects = list(scene['objects'])
-                    objects[k] = o[:slot] + (v,) + o[slot + 1:]
-                    out.append(dict(scene, objects=objects))
-    taken = {o[1] for o in scene['objects']} | {scene['background']}
-    out += [dict(scene, background=c) for c in COLOURS if c not in taken]
+                    objects[k] = triple[:slot] + (value,) + triple[slot + 1:]
+                    found.append(dict(scene, objects=objects))
+    taken = {colour for _, colour, _ in scene['objects']} | {scene['background']}
+    found += [dict(scene, background=colour) for colour in COLOURS if colour not in taken]
     if scene['relation']:
-        out.append(dict(scene, relation=RELATIONS[1 - RELATIONS.index(scene['relation'])]))
-    return out
+        found.append(dict(scene, relation=other_relation(scene)))
+    return found
 
+def other_relation(scene):
+    return RELATIONS[1 - RELATIONS.index(scene['relation'])]
 
 def neighbours(scene):
     """The captions of the scene's variants."""
-    return [caption(s) for s in variants(scene)]
-
+    return [caption(variant) for variant in variants(scene)]
 
 def distance(shape, x, y):
-    """Signed distance in units of the shape's radius, negative inside; x, y in the same units, y down."""
+    """Signed distance in units of the shape's radius, negative inside; x, y in the same units, y
+    down."""
     if shape == 'circle':
         return np.hypot(x, y) - .92
     if shape == 'ring':
@@ -107,80 +133,98 @@ def distance(shape, x, y):
     if shape == 'cross':
         ax, ay = np.abs(x), np.abs(y)
         return np.minimum(np.maximum(ax - .95, ay - .34), np.maximum(ax - .34, ay - .95))
-    if shape == 'triangle':
-        return np.maximum(np.abs(x) * .8660 - (y - .22) * .5 - .52, y - .74)        # tip at y = -.82
-    a = (np.arctan2(x, -y) + 2 * np.pi) % (2 * np.pi / 5) - np.pi / 5          # star: fold onto one of five points
-    r = np.hypot(x, y)
-    px, py = r * np.cos(a), r * np.abs(np.sin(a))                              # tip at angle pi/5, notch at 0
-    tip, notch = np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)]), np.array([.46, 0.])
+    if shape == 'triangle':                                                       # tip at y = -.82
+        return np.maximum(np.abs(x) * .8660 - (y - .22) * .5 - .52, y - .74)
+    # a star, folded onto one of its five points: its tip is at the angle pi / 5, its notch at 0
+    angle = (np.arctan2(x, -y) + 2 * np.pi) % (2 * np.pi / 5) - np.pi / 5
+    radius = np.hypot(x, y)
+    px, py = radius * np.cos(angle), radius * np.abs(np.sin(angle))
+    tip = np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    notch = np.array([.46, 0.])
     ex, ey = tip - notch
     return ((px - notch[0]) * ey - (py - notch[1]) * ex) / np.hypot(ex, ey)
-
 
 def pattern(texture, x, y, period, angle):
     """0..1 map of the second tone; x, y and period in pixels."""
     if texture == 'plain':
         return np.zeros_like(x)
     c, s = np.cos(angle), np.sin(angle)
-    u, v = (c * x + s * y) * 2 * np.pi / period, (c * y - s * x) * 2 * np.pi / period
-    wave = {'striped': lambda: np.sin(u), 'dotted': lambda: np.cos(u) + np.cos(v) - .75,
-            'checkered': lambda: 3 * np.sin(u * .8) * np.sin(v * .8)}[texture]()
+    u = (c * x + s * y) * 2 * np.pi / period
+    v = (c * y - s * x) * 2 * np.pi / period
+    if texture == 'striped':
+        wave = np.sin(u)
+    elif texture == 'dotted':
+        wave = np.cos(u) + np.cos(v) - .75
+    else:
+        wave = 3 * np.sin(u * .8) * np.sin(v * .8)
     return 1 / (1 + np.exp(-4 * wave))
 
-
 def render(scene, rng, size=1., light_gain=1., texture_gain=1.):
-    """(64, 64, 3) float32 in [0, 1] and the objects' masks (n, 64, 64) bool. The gains scale the objects' radius, the
-    brightness, and the contrast of the textures."""
+    """(64, 64, 3) float32 in [0, 1] and the objects' masks (n, 64, 64) bool. The gains scale the
+    objects' radius, the brightness, and the contrast of the textures."""
     light = rng.uniform(0, 2 * np.pi)
     lx, ly = np.cos(light), np.sin(light)
     gradient = 1 + .14 * ((XX - 32) * lx + (YY - 32) * ly) / 32
     img = np.array(COLOURS[scene['background']], np.float32) * .9 * gradient[..., None] + .03
-    masks, n = [], len(scene['objects'])
+    alone = len(scene['objects']) == 1
+    masks = []
     for k, (texture, colour, shape) in enumerate(scene['objects']):
-        radius = size * (rng.uniform(16, 22) if n == 1 else rng.uniform(11.5, 14))
-        side = 0 if n == 1 else (2 * k - 1) * rng.uniform(14.5, 16.5)
-        cx, cy = 32 + rng.uniform(-1, 1) * (7 if n == 1 else 1.5), 32 + rng.uniform(-1, 1) * (7 if n == 1 else 4)
-        if scene['relation'] == 'left of':
-            cx += side
-        elif scene['relation'] == 'above':
-            cx, cy = 32 + (cy - 32), 32 + (cx - 32) + side
+        # one lies anywhere near the middle, two on either side of it
+        if alone:
+            radius = size * rng.uniform(16, 22)
+            cx = 32 + rng.uniform(-1, 1) * 7
+            cy = 32 + rng.uniform(-1, 1) * 7
+        else:
+            radius = size * rng.uniform(11.5, 14)
+            side = (2 * k - 1) * rng.uniform(14.5, 16.5)
+            cx = 32 + rng.uniform(-1, 1) * 1.5
+            cy = 32 + rng.uniform(-1, 1) * 4
+            if scene['relation'] == 'left of':
+                cx += side
+            else:
+                cx, cy = cy, cx + side
         turn = rng.uniform(-.25, .25)
         c, s = np.cos(turn), np.sin(turn)
 
         def sdf(dx, dy):
+            """In pixels, of the shape moved by (dx, dy)."""
             x, y = XX - cx - dx, YY - cy - dy
             return distance(shape, (c * x + s * y) / radius, (c * y - s * x) / radius) * radius
 
         shadow = .5 / (1 + np.exp(sdf(-2.5 * lx, -2.5 * ly) / 1.2))
         img = img * (1 - shadow[..., None])
-        d = sdf(0, 0)
+
+        # its two tones, the second lighter where the first is dark
         base = np.array(COLOURS[colour], np.float32)
         second = base + (1 - base) * .50 if base.mean() < .35 else base * .42
-        tone = texture_gain * pattern(texture, XX - cx, YY - cy, rng.uniform(8, 10),
-                                      turn + rng.choice([0, np.pi / 4, np.pi / 2]))
+        period = rng.uniform(8, 10)
+        angle = turn + rng.choice([0, np.pi / 4, np.pi / 2])
+        tone = texture_gain * pattern(texture, XX - cx, YY - cy, period, angle)
         shade = 1 + .22 * ((XX - cx) * lx + (YY - cy) * ly) / radius
         body = (base + (second - base) * tone[..., None]) * shade[..., None] + .02
+
+        d = sdf(0, 0)
         cover = np.clip(.5 - d, 0, 1)[..., None]
         img = img * (1 - cover) + body * cover
         masks.append(d < 0)
     img = light_gain * img + rng.normal(0, .012, img.shape)
     return np.clip(img, 0, 1).astype(np.float32), np.stack(masks)
 
-
-def pictures(n, seed, unseen=False):
+def pictures(n, seed):
     """n scenes with their pictures as uint8 (n, 64, 64, 3); the i-th depends on (seed, i) alone."""
-    scenes, out = [], np.empty((n, SIZE, SIZE, 3), np.uint8)
+    scenes = []
+    images = np.empty((n, SIZE, SIZE, 3), np.uint8)
     for i in tqdm(range(n), desc='drawing', leave=False):
         rng = np.random.default_rng([seed, i])
-        scenes.append(draw_scene(rng, unseen))
-        out[i] = np.rint(render(scenes[-1], rng)[0] * 255)
-    return scenes, out
-
+        scene = draw_scene(rng)
+        scenes.append(scene)
+        images[i] = np.rint(render(scene, rng)[0] * 255)
+    return scenes, images
 
 # --------------------------------------------------------------------------------------------------
-# the world of --world: things in eight styles on six textured grounds. A caption says what and where; style,
-# pose, size and light are unsaid, so that it has many pictures, and grounds have the fine texture
-# that a student loses first. A picture is the same at every size
+# the world of --world: things in eight styles on six textured grounds. A caption says what and
+# where; style, pose, size and light are unsaid, so that it has many pictures, and grounds have the
+# fine texture that a student loses first. A picture is the same at every size
 
 INK = {
     'red': (.85, .13, .14), 'orange': (.97, .50, .08), 'gold': (.96, .74, .15),
@@ -196,12 +240,15 @@ GROUNDS = ['grass', 'gravel', 'brick', 'sand', 'sky', 'night']
 
 def oval(cx, cy, rx, ry=None, turn=0.):
     """An ellipse, to first order exact near its edge."""
-    ry, c, s = ry or rx, math.cos(turn), math.sin(turn)
+    ry = ry or rx
+    c, s = math.cos(turn), math.sin(turn)
 
     def sdf(x, y):
-        u, v = c * (x - cx) + s * (y - cy), c * (y - cy) - s * (x - cx)
+        u = c * (x - cx) + s * (y - cy)
+        v = c * (y - cy) - s * (x - cx)
         k = np.hypot(u / rx, v / ry) + 1e-4
         return k * (k - 1) / np.hypot(u / rx ** 2, v / ry ** 2).clip(1e-3)
+
     return sdf
 
 def path(*numbers, k=.02):
@@ -210,8 +257,10 @@ def path(*numbers, k=.02):
 
     def bar(x, y, a, b):
         ex, ey = b[0] - a[0], b[1] - a[1]
-        h = (((x - a[0]) * ex + (y - a[1]) * ey) / (ex * ex + ey * ey + 1e-6)).clip(0, 1)
+        h = ((x - a[0]) * ex + (y - a[1]) * ey) / (ex * ex + ey * ey + 1e-6)
+        h = h.clip(0, 1)                                            # how far along from a to b
         return np.hypot(x - a[0] - h * ex, y - a[1] - h * ey) - a[2] - h * (b[2] - a[2])
+
     return join(*[functools.partial(bar, a=a, b=b) for a, b in zip(knots, knots[1:])], k=k)
 
 def poly(*numbers, r=.04):
@@ -219,14 +268,18 @@ def poly(*numbers, r=.04):
     points = np.reshape(numbers, (-1, 2)).tolist()
 
     def sdf(x, y):
-        d, inside = np.full_like(x, 9), np.zeros(x.shape, bool)
+        d = np.full_like(x, 9)
+        inside = np.zeros(x.shape, bool)
         for (ax, ay), (bx, by) in zip(points, points[-1:] + points[:-1]):
-            ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
+            ex, ey = bx - ax, by - ay
+            px, py = x - ax, y - ay
             h = ((px * ex + py * ey) / (ex * ex + ey * ey)).clip(0, 1)
             d = np.minimum(d, np.hypot(px - h * ex, py - h * ey))
+            # inside: a ray to the right crosses an odd number of edges
             crosses = (ay > y) != (by > y)
             inside ^= crosses & ((px * ey - py * ex) * (1 if ey > 0 else -1) < 0)
         return np.where(inside, -d, d) - r
+
     return sdf
 
 def join(*parts, k=.02):
@@ -237,6 +290,7 @@ def join(*parts, k=.02):
             e = part(x, y)
             d = np.minimum(d, e) - k * (1 - np.abs(d - e) / k).clip(0) ** 2 / 4
         return d
+
     return sdf
 
 def both(a, b):
@@ -256,12 +310,12 @@ def around(n, cx, cy, a):
         angle = (angle + np.pi / n) % (2 * np.pi / n) - np.pi / n
         radius = np.hypot(x - cx, y - cy)
         return a(radius * np.sin(angle), -radius * np.cos(angle))
+
     return sdf
 
 def under(level):
     return lambda x, y: level - y
 
-# what is drawn first lies undermost
 def eye(x, y, r):
     return [('white', twin(oval(x, y, 1.7 * r))), ('black', twin(oval(x, y, r)))]
 
@@ -271,16 +325,19 @@ cap = both(oval(0, .1, .92, .92), lambda x, y: y - .12)
 balloon = join(oval(0, -.3, .66), oval(0, .3, .14), k=.5)
 dome = cut(oval(0, .05, .95, .9), join(*[oval(x, .16, .2, .16) for x in (-.72, -.24, .24, .72)]))
 dome = both(dome, lambda x, y: y - .14)
+# {name: its parts as (ink, signed distance)}; what is drawn first lies undermost
 THINGS = {
     'red apple': [
-        ('brown', path(0, -.4, .06, .1, -.88, .08)), ('red', apple),
+        ('brown', path(0, -.4, .06, .1, -.88, .08)),
+        ('red', apple),
         ('leaf', both(oval(.42, -.92, .4), oval(.3, -.5, .4))),
         ('white', oval(-.42, -.02, .1, .2, .5))],
     'banana': [
         ('yellow', path(-.7, -.62, .1, -.66, -.2, .22, -.44, .2, .29,
                         -.02, .45, .3, .42, .42, .24, .8, .2, .1, k=.12)),
         ('gold', path(-.56, -.1, .03, -.34, .28, .05, 0, .5, .05, .42, .46, .03)),
-        ('brown', path(-.68, -.84, .09, -.7, -.62, .1)), ('brown', oval(.86, .14, .1))],
+        ('brown', path(-.68, -.84, .09, -.7, -.62, .1)),
+        ('brown', oval(.86, .14, .1))],
     'watermelon': [
         ('leaf', both(oval(0, -.45, 1.), under(-.4))),
         ('cream', both(oval(0, -.45, .86), under(-.4))),
@@ -302,16 +359,19 @@ THINGS = {
         ('pink', twin(poly(.46, -.36, .62, -.66, .68, -.2, r=.02))),
         ('brown', path(0, -.5, .05, 0, -.25, .05)),
         ('brown', twin(path(.2, -.46, .05, .17, -.26, .05))),
-        ('white', oval(0, .45, .36, .26)), *eye(.34, .04, .12),
+        ('white', oval(0, .45, .36, .26)),
+        *eye(.34, .04, .12),
         ('pink', poly(-.08, .27, .08, .27, 0, .36)),
         ('brown', twin(path(0, .36, .03, .05, .47, .03, .2, .42, .03))),
         ('white', twin(path(.5, .36, .02, .95, .28, .02))),
         ('white', twin(path(.5, .46, .02, .95, .52, .02)))],
     'frog': [
         ('green', join(oval(0, .25, .86, .62), twin(oval(.45, -.42, .33)), k=.1)),
-        ('cream', both(oval(0, .45, .66, .4), under(.3))), *eye(.45, -.44, .13),
+        ('cream', both(oval(0, .45, .66, .4), under(.3))),
+        *eye(.45, -.44, .13),
         ('leaf', path(-.62, .2, .035, -.3, .34, .04, .3, .34, .04, .62, .2, .035)),
-        ('leaf', twin(oval(.1, .04, .04))), ('pink', twin(oval(.64, .36, .12, .09)))],
+        ('leaf', twin(oval(.1, .04, .04))),
+        ('pink', twin(oval(.64, .36, .12, .09)))],
     'fish': [
         ('gold', poly(.45, 0, .95, -.5, .82, 0, .95, .5, r=.05)),
         ('gold', poly(-.3, -.4, .3, -.75, .35, -.3)),
@@ -344,11 +404,13 @@ THINGS = {
         ('navy', twin(path(.5, -.1, .12, .82, .45, .08))),
         ('navy', join(oval(0, .25, .6, .68), oval(0, -.45, .44, .46), k=.2)),
         ('white', oval(0, .34, .42, .54)),
-        ('white', twin(oval(.17, -.38, .2, .24))), ('black', twin(oval(.16, -.42, .08))),
+        ('white', twin(oval(.17, -.38, .2, .24))),
+        ('black', twin(oval(.16, -.42, .08))),
         ('orange', poly(-.13, -.24, .13, -.24, 0, -.04))],
     'owl': [
         ('brown', join(oval(0, .2, .68, .74), twin(poly(.2, -.55, .6, -.9, .6, -.3, r=.05)), k=.1)),
-        ('tan', oval(0, .45, .42, .44)), ('tan', twin(oval(.66, .3, .16, .42, .2))),
+        ('tan', oval(0, .45, .42, .44)),
+        ('tan', twin(oval(.66, .3, .16, .42, .2))),
         *[('brown', path(x - .08, y, .03, x, y + .08, .03, x + .08, y, .03)) for x, y in (
             (-.18, .36), (.18, .36), (0, .52), (-.18, .66), (.18, .66))],
         ('white', twin(oval(.3, -.25, .3))),
@@ -359,24 +421,30 @@ THINGS = {
         ('cream', path(0, .1, .24, 0, .7, .28)),
         ('tan', path(-.2, .8, .08, .2, .8, .08)),
         ('red', cap),
-        ('white', oval(-.1, -.42, .2)), ('white', both(cap, oval(-.66, -.06, .17))),
-        ('white', both(cap, oval(.5, -.3, .17))), ('white', both(cap, oval(.2, .04, .12)))],
+        ('white', oval(-.1, -.42, .2)),
+        ('white', both(cap, oval(-.66, -.06, .17))),
+        ('white', both(cap, oval(.5, -.3, .17))),
+        ('white', both(cap, oval(.2, .04, .12)))],
     'cactus': [
         ('green', path(0, -.62, .26, 0, .5, .26)),
         ('green', path(0, .25, .1, -.55, .2, .13, -.62, -.22, .15, k=.1)),
         ('green', path(0, 0, .1, .52, -.02, .13, .6, -.42, .15, k=.1)),
         *[('leaf', path(x, -.6, .025, x, .4, .025)) for x in (-.1, .1)],
-        ('pink', around(5, 0, -.86, oval(0, -.12, .09, .13))), ('gold', oval(0, -.86, .07)),
+        ('pink', around(5, 0, -.86, oval(0, -.12, .09, .13))),
+        ('gold', oval(0, -.86, .07)),
         ('orange', poly(-.4, .52, .4, .52, .3, .92, -.3, .92)),
         ('red', path(-.42, .5, .08, .42, .5, .08))],
     'sunflower': [
         ('leaf', path(0, 0, .06, 0, .95, .06)),
         ('leaf', both(oval(-.32, .44, .4), oval(-.3, .86, .4))),
         ('leaf', both(oval(.34, .34, .4), oval(.32, .78, .4))),
-        ('gold', around(12, 0, -.3, oval(0, -.46, .12, .24))), ('brown', oval(0, -.3, .34)),
-        ('black', around(8, 0, -.3, oval(0, -.2, .04))), ('black', oval(0, -.3, .06))],
+        ('gold', around(12, 0, -.3, oval(0, -.46, .12, .24))),
+        ('brown', oval(0, -.3, .34)),
+        ('black', around(8, 0, -.3, oval(0, -.2, .04))),
+        ('black', oval(0, -.3, .06))],
     'pine tree': [
-        ('brown', path(0, .5, .12, 0, .9, .14)), ('leaf', poly(-.7, .62, 0, -.1, .7, .62, r=.06)),
+        ('brown', path(0, .5, .12, 0, .9, .14)),
+        ('leaf', poly(-.7, .62, 0, -.1, .7, .62, r=.06)),
         ('green', poly(-.56, .18, 0, -.5, .56, .18, r=.06)),
         ('leaf', poly(-.4, -.26, 0, -.88, .4, -.26, r=.06))],
     'tulip': [
@@ -386,7 +454,8 @@ THINGS = {
         ('red', twin(poly(0, .02, .22, -.02, .46, -.82, 0, -.4, r=.06))),
         ('pink', join(oval(0, -.2, .4, .3), poly(-.2, -.3, 0, -.84, .2, -.3), k=.1))],
     'rocket': [
-        ('orange', poly(-.2, .5, .2, .5, 0, .98)), ('yellow', poly(-.1, .5, .1, .5, 0, .78)),
+        ('orange', poly(-.2, .5, .2, .5, 0, .98)),
+        ('yellow', poly(-.1, .5, .1, .5, 0, .78)),
         ('red', twin(poly(.2, .1, .6, .6, .2, .5))),
         ('white', both(oval(-.6, -.05, .96), oval(.6, -.05, .96))),
         ('red', both(both(oval(-.6, -.05, .96), oval(.6, -.05, .96)), lambda x, y: y + .38)),
@@ -394,7 +463,8 @@ THINGS = {
         ('grey', oval(0, -.12, .22)),
         ('blue', oval(0, -.12, .15))],
     'sailboat': [
-        ('brown', path(0, -.85, .04, 0, .4, .04)), ('white', poly(.08, -.8, .08, .3, .72, .3)),
+        ('brown', path(0, -.85, .04, 0, .4, .04)),
+        ('white', poly(.08, -.8, .08, .3, .72, .3)),
         ('orange', poly(-.08, -.6, -.08, .3, -.6, .3)),
         ('red', poly(-.88, .46, .9, .46, .55, .86, -.55, .86)),
         ('white', path(-.74, .56, .03, .76, .56, .03))],
@@ -407,14 +477,16 @@ THINGS = {
         *[('black', oval(x, .44, .26)) for x in (-.48, .48)],
         *[('grey', oval(x, .44, .13)) for x in (-.48, .48)]],
     'balloon': [
-        ('brown', twin(path(.5, .1, .02, .16, .7, .02))), ('red', balloon),
+        ('brown', twin(path(.5, .1, .02, .16, .7, .02))),
+        ('red', balloon),
         ('yellow', both(balloon, twin(oval(.36, -.28, .17, .75)))),
         ('teal', both(balloon, oval(0, -.28, .17, .8))),
         ('tan', poly(-.16, .68, .16, .68, .12, .92, -.12, .92))],
     'key': [
         ('gold', cut(oval(-.5, 0, .42), oval(-.58, 0, .18))),
         ('gold', path(-.14, 0, .1, .86, 0, .1)),
-        ('gold', path(.5, 0, .08, .5, .32, .08)), ('gold', path(.8, 0, .08, .8, .26, .08)),
+        ('gold', path(.5, 0, .08, .5, .32, .08)),
+        ('gold', path(.8, 0, .08, .8, .26, .08)),
         ('brown', path(-.1, 0, .025, .8, 0, .025))],
     'umbrella': [
         ('brown', path(0, -.9, .05, 0, .7, .05, .07, .84, .05, .2, .86, .05, .28, .7, .05)),
@@ -441,25 +513,28 @@ def noise(rng, size, cells=4, octaves=4, gain=.5):
 
 def mix(a, b, share):
     """Two colours or pictures, `share` (...,) of the second."""
-    a, b, share = np.asarray(a, np.float32), np.asarray(b, np.float32), share[..., None]
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    share = share[..., None]
     return a * (1 - share) + b * share
 
 def cells(rng, n, x, y):
     """Voronoi cells, about n across the picture: distances to the nearest and the second nearest
     centre and the offset from the nearest, all in cells, and three random numbers of the cell."""
-    sites, facts = rng.uniform(.1, .9, (n + 4, n + 4, 2)), rng.random((n + 4, n + 4, 3))
+    sites = rng.uniform(.1, .9, (n + 4, n + 4, 2))
+    facts = rng.random((n + 4, n + 4, 3))
     row, column = (y * n).astype(int) + 1, (x * n).astype(int) + 1
     found = []
     for i, j in itertools.product((-1, 0, 1), repeat=2):
         site = sites[row + i, column + j]
         place = np.stack([x * n + 1 - column - j, y * n + 1 - row - i])
         found.append(place - np.moveaxis(site, 2, 0))
-    offset = np.stack(found)                                                        # (9, 2, S, S)
+    offset = np.stack(found)                                                      # (9, 2, S, S)
     distance = np.hypot(*offset.swapaxes(0, 1))
+    one, two = np.partition(distance, 1, 0)[:2]
     first = distance.argmin(0)
     i, j = first // 3 - 1, first % 3 - 1
-    one, two = np.partition(distance, 1, 0)[:2]
-    return one, two, np.take_along_axis(offset, first[None, None], 0)[0], facts[row + i, column + j]
+    nearest = np.take_along_axis(offset, first[None, None], 0)[0]
+    return one, two, nearest, facts[row + i, column + j]
 
 def around_point(x, y, reach, size):
     """Slices of the rows and columns within `reach` of the point, in pictures."""
@@ -470,20 +545,24 @@ def draw_ground(kind, rng, size, lx, ly):
     y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + .5) / size
     if kind == 'grass':
         img = mix((.06, .20, .06), (.16, .36, .09), (.5 + .25 * noise(rng, size, 4, 4)).clip(0, 1))
-        blades, lean = 300, rng.normal(0, .25)
+        # blades as grids of points, bent, narrower to the tip, those below darker
+        blades = 300
+        lean = rng.normal(0, .25)
         t, across = np.meshgrid(np.linspace(0, 1, size // 4), np.linspace(-1, 1, size // 22 + 1))
-        foot, length = rng.uniform(-.1, 1.2, (blades, 2)), rng.uniform(.12, .28, blades)
-        angle, bend = lean + rng.normal(0, .35, blades), rng.normal(0, .5, blades)
-        a = (angle[:, None, None] + bend[:, None, None] * t)
+        foot = rng.uniform(-.1, 1.2, (blades, 2))
+        length = rng.uniform(.12, .28, blades)
+        angle = lean + rng.normal(0, .35, blades)
+        bend = rng.normal(0, .5, blades)
+        a = angle[:, None, None] + bend[:, None, None] * t
         width = .021 * (1 - t) * across
         px = foot[:, :1, None] + length[:, None, None] * t * np.sin(a) + width
         py = foot[:, 1:, None] - length[:, None, None] * t * np.cos(a)
         light = (.5 + .5 * t) * (1 + .25 * across * lx)
-        light = light * np.linspace(.6, 1.12, blades)[:, None, None]         # those on top see more
+        light = light * np.linspace(.6, 1.12, blades)[:, None, None]
         tone = mix((.20, .52, .12), (.62, .80, .25), rng.random(blades) ** 2)[:, None, None]
         where = (px >= 0) & (px < 1) & (py >= 0) & (py < 1)
-        img[(py[where] * size).astype(int), (px[where] * size).astype(int)] = (
-            tone * light[..., None])[where]
+        rows, columns = (py[where] * size).astype(int), (px[where] * size).astype(int)
+        img[rows, columns] = (tone * light[..., None])[where]
         return img
     if kind == 'gravel':
         near, second, (dx, dy), facts = cells(rng, 8, x, y)
@@ -493,7 +572,8 @@ def draw_ground(kind, rng, size, lx, ly):
         shade = .72 + height * (.25 + .45 * (dx * lx + dy * ly)) + .05 * noise(rng, size, 16, 2)
         return mix((.13, .12, .12), stone * shade[..., None], height ** .5)
     if kind == 'brick':
-        rows, turn = rng.uniform(5.5, 7), rng.uniform(-.06, .06)
+        rows = rng.uniform(5.5, 7)
+        turn = rng.uniform(-.06, .06)
         wobble = .006 * noise(rng, size, 8, 2)
         v = (y + turn * x + wobble) * rows + rng.uniform(0, 9)
         row = v.astype(int)
@@ -508,9 +588,10 @@ def draw_ground(kind, rng, size, lx, ly):
         mortar = np.array((.66, .62, .56)) * (1 + .06 * noise(rng, size, 32, 1))[..., None]
         return mix(mortar, tone * shade[..., None], ((inset - .06) / .03).clip(0, 1))
     if kind == 'sand':
-        angle, waves = rng.normal(0, .3), rng.uniform(9, 13)
+        angle = rng.normal(0, .3)
+        waves = rng.uniform(9, 13)
         phase = waves * (y * np.cos(angle) + x * np.sin(angle)) + .35 * noise(rng, size, 3, 2)
-        ripple = np.sin(2 * np.pi * phase + .8 * np.sin(2 * np.pi * phase))     # one side steeper
+        ripple = np.sin(2 * np.pi * phase + .8 * np.sin(2 * np.pi * phase))    # one side is steeper
         shade = 1 + .13 * ripple + .05 * noise(rng, size, 4, 2) + .05 * noise(rng, size, 20, 2, .8)
         return np.array((.88, .73, .48)) * shade[..., None]
     if kind == 'sky':
@@ -519,9 +600,11 @@ def draw_ground(kind, rng, size, lx, ly):
         cover = 1 / (1 + np.exp(-4.5 * (cloud - rng.uniform(-.2, .7))))
         blue = mix((.20, .47, .88), (.52, .76, .97), (y + .15 * lit).clip(0, 1))
         return mix(blue, np.array((.96, .97, 1.)) * (.93 + .07 * lit)[..., None], cover)
+    # night: the larger stars have rays
     img = mix((.03, .04, .14), (.16, .10, .32), (.35 + .3 * noise(rng, size, 2, 5, .6)).clip(0, 1))
-    for k in range(rng.integers(35, 60)):
-        px, py, r = rng.random(), rng.random(), .008 + .012 * rng.random() ** 4
+    for _ in range(rng.integers(35, 60)):
+        px, py = rng.random(), rng.random()
+        r = .008 + .012 * rng.random() ** 4
         window = around_point(px, py, 6 * r, size)
         dx, dy = np.abs(x[*window] - px) / r, np.abs(y[*window] - py) / r
         star = np.exp(-dx ** 2 - dy ** 2)
@@ -533,17 +616,22 @@ def draw_ground(kind, rng, size, lx, ly):
 
 def draw_thing(img, name, style, rng, cx, cy, radius, lx, ly):
     """Draws onto img (S, S, 3), with a shadow; lengths in pictures. Returns the mask (S, S)."""
-    size, whole = len(img), np.zeros(img.shape[:2], bool)
-    unit, reach = size / 64, 1.15 * radius + .1
-    window = around_point(cx, cy, reach, size)
+    size = len(img)
+    unit = size / 64
+    whole = np.zeros(img.shape[:2], bool)
+    window = around_point(cx, cy, 1.15 * radius + .1, size)
     img = img[*window]
     y, x = ((np.mgrid[0:size, 0:size].astype(np.float32) + .5) / size)[:, *window]
     if style == 'pixelated':
         block = .03125 if radius < .25 else .046875
         x, y = [(np.floor(v / block) + .5) * block for v in (x, y)]
-    turn, flip = rng.uniform(-.26, .26), int(rng.choice([-1, 1])) / radius
+
+    # the thing's own axes, and its colours, a little off
+    turn = rng.uniform(-.26, .26)
+    flip = int(rng.choice([-1, 1])) / radius
     c, s = math.cos(turn), math.sin(turn)
-    u, v = (c * (x - cx) + s * (y - cy)) * flip, (c * (y - cy) - s * (x - cx)) / radius
+    u = (c * (x - cx) + s * (y - cy)) * flip
+    v = (c * (y - cy) - s * (x - cx)) / radius
     colours = np.array([INK[colour] for colour, _ in THINGS[name]], np.float32)
     colours = (colours * rng.uniform(.88, 1.08) + rng.normal(0, .025, 3)).clip(0, 1)
     colours = colours.astype(np.float32)
@@ -555,7 +643,8 @@ def draw_thing(img, name, style, rng, cx, cy, radius, lx, ly):
         cover = (d < 0).astype(np.float32)
     seen = cover.copy()
     seen[:-1] *= np.cumprod((1 - cover)[:0:-1], 0)[::-1]
-    mask, outside = seen.sum(0), d.min(0)
+    mask = seen.sum(0)
+    outside = d.min(0)
     whole[*window] = mask > .5
     share = seen / mask.clip(1e-3)
     paint = np.tensordot(share, colours, ((0,), (0,)))                                   # (H, W, 3)
@@ -565,6 +654,7 @@ def draw_thing(img, name, style, rng, cx, cy, radius, lx, ly):
     place = ((x - cx) * lx + (y - cy) * ly) / radius                       # the thing's lit side
     flat = np.zeros_like(mask)
 
+    # what it casts on the ground: a shadow, or light
     if style == 'glowing':
         near = np.exp(-d.clip(0) / 1.5) + 1e-9
         near = np.tensordot(near / near.sum(0), colours, ((0,), (0,))).clip(.15)
@@ -573,6 +663,7 @@ def draw_thing(img, name, style, rng, cx, cy, radius, lx, ly):
     else:
         away = [round(-2.2 * unit * w) for w in (ly, lx)]
         img *= 1 - .5 / (1 + np.exp(np.roll(outside, away, (0, 1)).clip(-9, 9) / .9))[..., None]
+
     if style == 'flat':
         look = paint
     elif style == 'outlined':
@@ -607,35 +698,37 @@ def draw_thing(img, name, style, rng, cx, cy, radius, lx, ly):
     return whole
 
 PAIRS = list(itertools.product(THINGS, GROUNDS))
-# a tenth of the pairs of thing and ground never occurs in training
-NEVER = {PAIRS[i] for i in np.random.default_rng(2511).permutation(len(PAIRS))[:len(PAIRS) // 10]}
+NEVER = a_tenth(PAIRS)                                            # these never occur in training
 
 def world_scene(rng, unseen=False):
     """A random scene: one or two things, how they lie, the ground. unseen: a pair of thing and
     ground that training never shows."""
     while True:
-        names = [str(t) for t in rng.permutation(list(THINGS))[:1 if rng.random() < .6 else 2]]
-        scene = dict(objects=names, relation=RELATIONS[rng.integers(2)] if names[1:] else None,
-                     background=GROUNDS[rng.integers(6)])
-        if unseen == any((name, scene['background']) in NEVER for name in names):
-            return scene
+        order = rng.permutation(list(THINGS))
+        number = 1 if rng.random() < .6 else 2
+        names = [str(name) for name in order[:number]]
+        relation = RELATIONS[rng.integers(2)] if number == 2 else None
+        background = GROUNDS[rng.integers(6)]
+        if unseen == any((name, background) in NEVER for name in names):
+            return dict(objects=names, relation=relation, background=background)
 
 def world_caption(scene):
     """`a THING [left of|above a THING] on GROUND`."""
-    names = ['an ' + n if n[0] in 'aeiou' else 'a ' + n for n in scene['objects']]
+    names = [f'an {name}' if name[0] in 'aeiou' else f'a {name}' for name in scene['objects']]
     return f' {scene["relation"]} '.join(names) + f' on {scene["background"]}'
 
 def world_variants(scene):
     """Every scene that differs in one thing, in the ground, or in how the two lie."""
-    names, out = scene['objects'], []
+    names = scene['objects']
+    found = []
     for k, name in itertools.product(range(len(names)), THINGS):
         if name not in names:
-            out.append(dict(scene, objects=names[:k] + [name] + names[k + 1:]))
-    out += [dict(scene, background=g) for g in GROUNDS if g != scene['background']]
+            found.append(dict(scene, objects=names[:k] + [name] + names[k + 1:]))
+    found += [dict(scene, background=g) for g in GROUNDS if g != scene['background']]
     if scene['relation']:
-        out.append(dict(scene, relation=RELATIONS[1 - RELATIONS.index(scene['relation'])]))
-        out.append(dict(scene, objects=names[::-1]))
-    return out
+        found.append(dict(scene, relation=other_relation(scene)))
+        found.append(dict(scene, objects=names[::-1]))
+    return found
 
 def world_render(scene, rng, size=1., light_gain=1., texture_gain=1., style=None, pixels=SIZE):
     """(pixels, pixels, 3) float32 in [0, 1] and the things' masks (n, pixels, pixels) bool. The
@@ -647,10 +740,11 @@ def world_render(scene, rng, size=1., light_gain=1., texture_gain=1., style=None
     img *= rng.uniform(.9, 1.08)
     if texture_gain != 1:
         img = img.mean((0, 1)) + texture_gain * (img - img.mean((0, 1)))
-    drawn = STYLES[rng.integers(len(STYLES))]
-    masks, n = [], len(scene['objects'])
+    drawn = STYLES[rng.integers(len(STYLES))]           # whether or not it is used: one stream
+    alone = len(scene['objects']) == 1
+    masks = []
     for k, name in enumerate(scene['objects']):
-        radius = size * (rng.uniform(.29, .42) if n == 1 else rng.uniform(.20, .24))
+        radius = size * (rng.uniform(.29, .42) if alone else rng.uniform(.20, .24))
         cx, cy = (.5 + rng.uniform(-1, 1, 2) * (.49 - radius)).tolist()
         side = .5 + (2 * k - 1) * rng.uniform(.24, .27)
         if scene['relation'] == 'left of':
