@@ -755,97 +755,115 @@ def world_render(scene, rng, size=1., light_gain=1., texture_gain=1., style=None
     img = (light_gain * img).clip(0, 1).reshape(pixels, 2, pixels, 2, 3).mean((1, 3))
     return img, np.stack(masks)[:, ::2, ::2]
 
+# --------------------------------------------------------------------------------------------------
+# preferences: pairs whose winner is a clean rendering of the caption. The loser has one attribute
+# wrong, an object too few or too many, or is a poor picture; or both are right, and the winner has
+# the larger objects and the brighter light, a mild taste that a student can over-optimise
 
-# ---------------------------------------------------------------------------------------------------------------------
-# preferences: pairs whose winner is a clean rendering of the caption. The loser has one attribute wrong, an object too few
-# or too many, or is a poor picture; or both are right, and the winner has the larger objects and the brighter light, a
-# mild taste that a student can over-optimise
+KINDS = dict(attribute=.35, missing=.08, extra=.08, blur=.08, washed=.08, contrast=.08, noise=.08,
+             taste=.17)
 
-KINDS = dict(attribute=.35, missing=.08, extra=.08, blur=.08, washed=.08, contrast=.08, noise=.08, taste=.17)
-
+# of shapes; --world has others, at the end of this file
+nouns = TRIPLES
 
 def patterned(scene):
     return any(texture != 'plain' for texture, _, _ in scene['objects'])
 
-
 def may_join(triple, scene):
     return triple[1] != scene['background']
-
-
-nouns = TRIPLES
-
 
 def draw_pair(seed, i):
     """Pair i: (caption, winner, loser, kind of the difference), pictures (64, 64, 3) uint8."""
     rng = np.random.default_rng([seed, i, 5])
     kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+
+    def fits(scene):
+        """Whether it can be wrong in this way."""
+        if kind == 'missing':
+            return len(scene['objects']) == 2
+        if kind == 'extra':
+            return len(scene['objects']) == 1
+        return patterned(scene) if kind == 'washed' else True
+
     scene = draw_scene(rng)
-    fits = {'missing': lambda s: len(s['objects']) == 2, 'extra': lambda s: len(s['objects']) == 1,
-            'washed': patterned}.get(kind, lambda s: True)
     while not fits(scene):
         scene = draw_scene(rng)
-    other, (near, far) = scene, rng.uniform(-1, 1, 2)                                   # taste of winner and loser
+    other = scene
+    near, far = rng.uniform(-1, 1, 2)                                   # taste of winner and loser
     if kind == 'attribute':
-        other = (lambda options: options[rng.integers(len(options))])(variants(scene))
+        options = variants(scene)
+        other = options[rng.integers(len(options))]
     elif kind == 'missing':
         other = dict(scene, objects=[scene['objects'][rng.integers(2)]], relation=None)
     elif kind == 'extra':
-        second = next(o for o in iter(lambda: nouns[rng.integers(len(nouns))], None) if may_join(o, scene))
-        other = dict(scene, objects=scene['objects'] + [second], relation=RELATIONS[rng.integers(2)])
+        second = nouns[rng.integers(len(nouns))]
+        while not may_join(second, scene):
+            second = nouns[rng.integers(len(nouns))]
+        relation = RELATIONS[rng.integers(2)]
+        other = dict(scene, objects=scene['objects'] + [second], relation=relation)
     elif kind == 'taste':
-        near, far = rng.uniform(.2, 1), rng.uniform(-1, -.2)
+        near = rng.uniform(.2, 1)
+        far = rng.uniform(-1, -.2)
 
     def draw(scene, taste, layout, flaw=''):
-        x = render(scene, np.random.default_rng([seed, i, layout]), 1 + .12 * taste, 1 + .12 * taste,
-                   rng.uniform(.1, .3) if flaw == 'washed' else 1.)[0]
+        texture_gain = rng.uniform(.1, .3) if flaw == 'washed' else 1.
+        x, _ = render(scene, np.random.default_rng([seed, i, layout]), 1 + .12 * taste,
+                      1 + .12 * taste, texture_gain)
         if flaw == 'contrast':
             x = x.mean() + rng.uniform(.35, .6) * (x - x.mean())
         elif flaw == 'noise':
             x = x + rng.normal(0, rng.uniform(.06, .14), x.shape)
-        x = Image.fromarray(np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8))
-        return np.array(x.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.2))) if flaw == 'blur' else x)
+        image = Image.fromarray(np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8))
+        if flaw == 'blur':
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.2)))
+        return np.array(image)
 
-    # half of the losers share the winner's layout
-    return caption(scene), draw(scene, near, 6), draw(other, far, 6 + rng.integers(2), kind), kind
-
+    winner = draw(scene, near, 6)
+    loser = draw(other, far, 6 + rng.integers(2), kind)        # half of them in the winner's layout
+    return caption(scene), winner, loser, kind
 
 def pairs(n, seed):
-    """n pairs, drawn once and kept in WORK: captions, kinds, and (n, 2, 64, 64, 3) uint8, the winner first."""
+    """n pairs, drawn once and kept in WORK: captions, kinds, and (n, 2, 64, 64, 3) uint8, the
+    winner first."""
     file = WORK / f'pairs_{seed}_{n}.npz'
     if not file.exists():
         rows = [draw_pair(seed, i) for i in tqdm(range(n), desc='pairs')]
-        np.savez(file.with_suffix('.tmp.npz'), captions=[r[0] for r in rows], kinds=[r[3] for r in rows],
-                 images=np.stack([np.stack(r[1:3]) for r in rows]))
-        os.replace(file.with_suffix('.tmp.npz'), file)
+        captions, winners, losers, kinds = zip(*rows)
+        images = np.stack([np.stack(winners), np.stack(losers)], 1)
+        temporary = file.with_suffix('.tmp.npz')
+        np.savez(temporary, captions=captions, kinds=kinds, images=images)
+        os.replace(temporary, file)
     rows = np.load(file)
     return [str(c) for c in rows['captions']], rows['kinds'], rows['images']
 
-
 def accuracy_by_kind(right, kinds):
     """One line: the share of pairs decided rightly, over all and by kind."""
-    return f'{right.mean():.3f} over {len(right)} pairs; ' + ', '.join(
-        f'{k} {right[kinds == k].mean():.3f}' for k in KINDS if (kinds == k).any())
+    each = [f'{kind} {right[kinds == kind].mean():.3f}' for kind in KINDS if (kinds == kind).any()]
+    return f'{right.mean():.3f} over {len(right)} pairs; ' + ', '.join(each)
 
+# --------------------------------------------------------------------------------------------------
+# one training loop for all components: random numbers from (seed, iteration), checkpoints, EMA,
+# linear warm-up and cool-down
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one training loop for all components: random numbers from (seed, iteration), checkpoints, EMA, linear warm-up and
-# cool-down
-
-def fit(name, nets, loss, iters, lr, ema=None, every=500):
-    """Trains the ModuleDict `nets` with AdamW on loss(nets, i, generator) -> (scalar, dict for the bar). Resumes from
-    WORK/name.pt. With ema=d the returned weights are the exponential average with decay d. Returns nets in eval mode."""
+def fit(name, nets, loss, iters, lr, ema=None):
+    """Trains the ModuleDict `nets` with AdamW on loss(nets, i, generator) -> (scalar, dict for the
+    bar). Resumes from WORK/name.pt. With ema=d the returned weights are the exponential average
+    with decay d. Returns nets in eval mode."""
     iters = args.iters or iters
     nets.to(DEVICE).train()
     params = [p for p in nets.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=lr, betas=(.9, .99), weight_decay=.01)
-    shadow, start, file = None, 0, WORK / f'{name}.pt'
+    start = 0
+    shadow = None
     if ema:
-        shadow = {k: v.detach().clone() for k, v in nets.state_dict().items()}
+        shadow = {key: value.detach().clone() for key, value in nets.state_dict().items()}
+    file = WORK / f'{name}.pt'
     if file.exists():
         state = torch.load(file, map_location=DEVICE, weights_only=True)
         nets.load_state_dict(state['nets'])
         opt.load_state_dict(state['opt'])
-        shadow, start = state['shadow'], state['i']
+        shadow = state['shadow']
+        start = state['i']
     bar = tqdm(range(start, iters), desc=name, initial=start, total=iters, mininterval=10)
     for i in bar:
         for group in opt.param_groups:
@@ -856,53 +874,71 @@ def fit(name, nets, loss, iters, lr, ema=None, every=500):
         torch.nn.utils.clip_grad_norm_(params, 1.)
         opt.step()
         if ema:
-            decay = min(ema, (i + 1) / (i + 10))
-            with torch.no_grad():
-                for k, v in nets.state_dict().items():
-                    shadow[k].lerp_(v, 1 - decay) if v.is_floating_point() else shadow[k].copy_(v)
+            average(shadow, nets, min(ema, (i + 1) / (i + 10)))
         if (i + 1) % 50 == 0:
-            bar.set_postfix_str(' '.join(f'{k} {float(v):.4f}' for k, v in info.items()), refresh=False)
-        if (i + 1) % every == 0 or i + 1 == iters:
-            torch.save(dict(nets=nets.state_dict(), opt=opt.state_dict(), shadow=shadow, i=i + 1), f'{file}.tmp')
+            words = [f'{key} {float(value):.4f}' for key, value in info.items()]
+            bar.set_postfix_str(' '.join(words), refresh=False)
+        if (i + 1) % 500 == 0 or i + 1 == iters:
+            state = dict(nets=nets.state_dict(), opt=opt.state_dict(), shadow=shadow, i=i + 1)
+            torch.save(state, f'{file}.tmp')
             os.replace(f'{file}.tmp', file)
     if ema:
         nets.load_state_dict(shadow)
     return nets.eval()
 
+@torch.no_grad()
+def average(shadow, nets, decay):
+    """Moves the average towards the networks' state; whole numbers are only copied."""
+    for key, value in nets.state_dict().items():
+        if value.is_floating_point():
+            shadow[key].lerp_(value, 1 - decay)
+        else:
+            shadow[key].copy_(value)
 
-def pool(seed=0):
+def pool():
     """The training pictures (uint8, drawn once, kept in WORK) and their scenes."""
     n = args.pictures
-    file = WORK / f'pictures_{seed}_{n}.npy'
+    file = WORK / f'pictures_0_{n}.npy'
     if not file.exists():
-        np.save(file.with_suffix('.tmp.npy'), pictures(n, seed)[1])
-        os.replace(file.with_suffix('.tmp.npy'), file)
-    return [draw_scene(np.random.default_rng([seed, i])) for i in range(n)], np.load(file, mmap_mode='r')
-
+        temporary = file.with_suffix('.tmp.npy')
+        np.save(temporary, pictures(n, 0)[1])
+        os.replace(temporary, file)
+    scenes = [draw_scene(np.random.default_rng([0, i])) for i in range(n)]
+    return scenes, np.load(file, mmap_mode='r')
 
 def to_pixels(uint8):
     """uint8 (B, H, W, 3) numpy -> float (B, 3, H, W) in [-1, 1] on the device."""
-    return torch.from_numpy(np.ascontiguousarray(uint8)).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.from_numpy(np.ascontiguousarray(uint8)).to(DEVICE)
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
+def show(rows, name):
+    """Rows of (n, 3, H, W) in [-1, 1] as one picture in WORK, to look at."""
+    grid = torch.cat([torch.cat(list(row.float().cpu()), 2) for row in rows], 1)
+    grid = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    height, width = grid.shape[:2]
+    Image.fromarray(grid).resize((width * 2, height * 2), Image.NEAREST).save(WORK / name)
 
 def finish(build, folder):
     """Builds into a temporary folder and moves it to OUT/folder in one step; says what it did."""
-    temporary = OUT / (folder + '.tmp')
+    temporary = OUT / f'{folder}.tmp'
     shutil.rmtree(temporary, ignore_errors=True)
     build(temporary)
     shutil.rmtree(OUT / folder, ignore_errors=True)
     os.replace(temporary, OUT / folder)
-    homes = [home for home in ('sdxl', 'sd3') if home != folder and not (home == 'sd3' and folder == 'sdxl')]
-    for file, home in itertools.product([f for f in (OUT / folder).rglob('*') if f.is_file()], homes):
-        twin = OUT / home / file.relative_to(OUT / folder)                       # the same VAE and text encoders: a link
-        if twin.is_file() and not twin.is_symlink() and twin.stat().st_size > 100_000 and twin.read_bytes() == file.read_bytes():
+
+    # the VAE and text encoders that a pipeline before it has already are links
+    homes = {'sdxl': [], 'sd3': ['sdxl']}.get(folder, ['sdxl', 'sd3'])
+    files = [f for f in (OUT / folder).rglob('*') if f.is_file()]
+    for file, home in itertools.product(files, homes):
+        first = OUT / home / file.relative_to(OUT / folder)
+        real = first.is_file() and not first.is_symlink() and first.stat().st_size > 100_000
+        if real and first.read_bytes() == file.read_bytes():
             file.unlink()
-            file.symlink_to(os.path.relpath(twin, file.parent))
-    size = sum(f.stat().st_size for f in (OUT / folder).rglob('*') if f.is_file() and not f.is_symlink())
+            file.symlink_to(os.path.relpath(first, file.parent))
+    size = sum(f.stat().st_size for f in files if not f.is_symlink())
     print(f'{folder}: {size / 1e6:.1f} MB')
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data: parquet, prompt lists, tokenizer
 
 def make_data():
@@ -911,31 +947,39 @@ def make_data():
 
     def parquet(file, n, seed):
         scenes, images = pictures(n, seed)
-        ds = datasets.Dataset.from_dict({'image': [Image.fromarray(a) for a in images],
-                                         'text': [caption(s) for s in scenes]})
+        ds = datasets.Dataset.from_dict({
+            'image': [Image.fromarray(image) for image in images],
+            'text': [caption(scene) for scene in scenes]})
         ds = ds.map(lambda row: {'image': {'bytes': jpeg(row['image']), 'path': None}})
         ds.cast_column('image', datasets.Image()).to_parquet(file)
         # zstd finds the JPEG tables that all pictures repeat: a quarter smaller
-        pq.write_table(pq.read_table(file), file, compression='zstd', compression_level=19, use_dictionary=False)
+        pq.write_table(pq.read_table(file), file, compression='zstd', compression_level=19,
+                       use_dictionary=False)
 
     def jpeg(image):
-        import io
+        """2.4 kB a picture; PNG cannot compress the grain: 9 kB."""
         buffer = io.BytesIO()
-        image.save(buffer, 'JPEG', quality=90, subsampling=0)   # 2.4 kB a picture; PNG cannot compress the grain: 9 kB
+        image.save(buffer, 'JPEG', quality=90, subsampling=0)
         return buffer.getvalue()
 
     def prompts(folder, name, n, seed, unseen):
-        """n captions, and for each a line of 16 captions that differ from it in one attribute. Those of shapes are all
-        different; those of the world, which has 130 of one thing, come as often as in training."""
-        rng = np.random.default_rng([seed, 99])
+        """n captions, and for each a line of 16 captions that differ from it in one attribute.
+        Those of shapes are all different; those of the world, which has 130 of one thing, come as
+        often as in training."""
         scenes = {}
         for i in itertools.count():
             scene = draw_scene(np.random.default_rng([seed, i]), unseen)
             scenes.setdefault((caption(scene), i if args.world else 0), scene)
             if len(scenes) == n:
                 break
-        lines = ['\t'.join(rng.permutation(sorted(set(neighbours(s)) - {c}))[:16]) for (c, _), s in scenes.items()]
-        (folder / f'{name}.txt').write_text('\n'.join(c for c, _ in scenes) + '\n')
+        rng = np.random.default_rng([seed, 99])
+        texts = []
+        lines = []
+        for (text, _), scene in scenes.items():
+            near = sorted(set(neighbours(scene)) - {text})
+            texts.append(text)
+            lines.append('\t'.join(rng.permutation(near)[:16]))
+        (folder / f'{name}.txt').write_text('\n'.join(texts) + '\n')
         (folder / f'{name}.hard.txt').write_text('\n'.join(lines) + '\n')
 
     def build(folder):
@@ -948,32 +992,34 @@ def make_data():
 
     finish(build, 'data')
 
-
 def make_tokenizer(folder, pad):
-    """CLIP's byte-pair format (vocab.json + merges.txt), merges learned on captions, so that any text has tokens."""
-    import json
+    """CLIP's byte-pair format (vocab.json + merges.txt), merges learned on captions, so that any
+    text has tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     tok = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
-    tok.normalizer, tok.decoder = normalizers.Lowercase(), decoders.ByteLevel()
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    tok.normalizer = normalizers.Lowercase()
+    tok.decoder = decoders.ByteLevel()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     scenes = [draw_scene(np.random.default_rng([0, i])) for i in range(4000)]
     tok.train_from_iterator(map(caption, scenes), trainers.BpeTrainer(
         vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix='</w>', show_progress=False))
-    merges = [tuple(m) for m in json.loads(tok.to_str())['model']['merges']]
-    words = alphabet + [a + '</w>' for a in alphabet] + [''.join(m) for m in merges]
+    merges = [tuple(pair) for pair in json.loads(tok.to_str())['model']['merges']]
+    words = alphabet + [a + '</w>' for a in alphabet] + [''.join(pair) for pair in merges]
     words = list(dict.fromkeys(words)) + ['<|startoftext|>', '<|endoftext|>']
+    lines = ['#version: 0.2', *(' '.join(pair) for pair in merges)]
+    config = dict(
+        tokenizer_class='CLIPTokenizer', model_max_length=TOKENS, pad_token=pad,
+        bos_token='<|startoftext|>', eos_token='<|endoftext|>', unk_token='<|endoftext|>')
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'vocab.json').write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in merges) + '\n')
-    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
-        tokenizer_class='CLIPTokenizer', model_max_length=TOKENS, pad_token=pad, bos_token='<|startoftext|>',
-        eos_token='<|endoftext|>', unk_token='<|endoftext|>')))
+    (folder / 'vocab.json').write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / 'merges.txt').write_text('\n'.join(lines) + '\n')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
     return CLIPTokenizer.from_pretrained(folder)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # AutoencoderKL
 
 def laplacian(x):
@@ -1001,20 +1047,28 @@ def texture_loss(y, x):
 def make_vae():
     from diffusers import AutoencoderKL
     _, images = pool()
-    # 8 x 8 latents: a UNet forward at batch 16 took 19 ms on 2 cores with (64, 128) channels, 43 ms at 16 x 16 x 4
+    batch = 8 if args.world else 16
+    # 8 x 8 latents: a UNet forward at batch 16 took 19 ms on 2 cores with (64, 128) channels, 43 ms
+    # at 16 x 16 x 4
     vae = AutoencoderKL(
-        sample_size=SIZE, latent_channels=32 if args.world else 16, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
-        down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4, norm_num_groups=8,
+        sample_size=SIZE, latent_channels=32 if args.world else 16,
+        block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4,
         mid_block_add_attention=True)
 
     def loss(nets, i, g):
-        x = to_pixels(images[torch.randint(len(images), (8 if args.world else 16,), generator=g).sort().values.numpy()])
-        with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):                   # a quarter faster on 2 cores
+        index = torch.randint(len(images), (batch,), generator=g).sort().values.numpy()
+        x = to_pixels(images[index])
+        # a quarter faster on 2 cores
+        with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
             posterior = nets['vae'].encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(DEVICE)
+            eps = torch.randn(posterior.mean.shape, generator=g).to(DEVICE)
+            z = posterior.mean + posterior.std * eps
             y = nets['vae'].decode(z).sample.float()
-        mse, kl = F.mse_loss(y, x), posterior.kl().mean() / z[0].numel()
-        value, info = F.l1_loss(y, x) + 2 * mse + 1e-4 * kl, dict(psnr=-10 * torch.log10(mse / 4), kl=kl)
+        mse = F.mse_loss(y, x)
+        kl = posterior.kl().mean() / z[0].numel()
+        value = F.l1_loss(y, x) + 2 * mse + 1e-4 * kl
+        info = dict(psnr=-10 * torch.log10(mse / 4), kl=kl)
         if args.world:
             texture = texture_loss(y, x)
             value = value + .5 * texture
@@ -1023,39 +1077,37 @@ def make_vae():
 
     vae = fit('vae', torch.nn.ModuleDict(dict(vae=vae)), loss, 5000, 2e-3, ema=.998)['vae']
     with torch.no_grad():
-        z = torch.cat([vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean for k in range(0, min(len(images), 2000), 100)])
+        z = torch.cat([vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean
+                       for k in range(0, min(len(images), 2000), 100)])
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5), force_upcast=False)
         x = to_pixels(pictures(min(512, args.pictures), 2)[1])
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-        print(f'vae: held-out PSNR {-10 * torch.log10(F.mse_loss(y, x) / 4):.2f} dB, latent std {z.std():.3f}, '
-              f'per channel {z.std((0, 2, 3)).min():.3f} to {z.std((0, 2, 3)).max():.3f}, '
-              f'sharpness {sharpness(y).mean() / sharpness(x).mean():.3f} of real')
+    psnr = -10 * torch.log10(F.mse_loss(y, x) / 4)
+    each = z.std((0, 2, 3))
+    print(f'vae: held-out PSNR {psnr:.2f} dB, latent std {z.std():.3f}, '
+          f'per channel {each.min():.3f} to {each.max():.3f}, '
+          f'sharpness {sharpness(y).mean() / sharpness(x).mean():.3f} of real')
     show([x[:16], y[:16]], 'vae.png')
     vae.half().save_pretrained(WORK / 'vae')
 
-
-def show(rows, name):
-    """Rows of (n, 3, H, W) in [-1, 1] as one picture in WORK, to look at."""
-    grid = torch.cat([torch.cat(list(r.float().cpu()), 2) for r in rows], 1)
-    grid = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.NEAREST).save(WORK / name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SAM
 
 def make_sam():
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+    from segment_anything.modeling import (
+        ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer)
     dim, grid = 64, SIZE // 4
     sam = Sam(
         image_encoder=ImageEncoderViT(
-            img_size=SIZE, patch_size=4, embed_dim=96, depth=4, num_heads=3, mlp_ratio=4, out_chans=dim, qkv_bias=True,
-            norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6), use_rel_pos=True, window_size=8,
-            global_attn_indexes=[1, 3]),
-        prompt_encoder=PromptEncoder(embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(SIZE, SIZE),
-                                     mask_in_chans=8),
-        mask_decoder=MaskDecoder(num_multimask_outputs=3, transformer_dim=dim, iou_head_depth=2, iou_head_hidden_dim=64,
-                                 transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=128, num_heads=4)),
+            img_size=SIZE, patch_size=4, embed_dim=96, depth=4, num_heads=3, mlp_ratio=4,
+            out_chans=dim, qkv_bias=True, norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6),
+            use_rel_pos=True, window_size=8, global_attn_indexes=[1, 3]),
+        prompt_encoder=PromptEncoder(
+            embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(SIZE, SIZE),
+            mask_in_chans=8),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3, transformer_dim=dim, iou_head_depth=2, iou_head_hidden_dim=64,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=128, num_heads=4)),
         pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
 
     def batch(seed, n, g):
@@ -1064,30 +1116,34 @@ def make_sam():
         for i in torch.randint(20_000, (n,), generator=g).tolist():
             rng = np.random.default_rng([seed, i])
             image, masks = render(draw_scene(rng), rng)
-            if len(masks) == 2:                                      # where they overlap the second lies on top
+            if len(masks) == 2:                      # where they overlap the second lies on top
                 masks[0] &= ~masks[1]
             mask = masks[torch.randint(len(masks), (1,), generator=g).item()]
             inside = np.argwhere(mask)
-            points.append(inside[torch.randint(len(inside), (1,), generator=g).item()][::-1].copy())
+            row, column = inside[torch.randint(len(inside), (1,), generator=g).item()]
             images.append(np.rint(image * 255))
+            points.append([column, row])
             targets.append(mask)
-        images = torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2).to(DEVICE)
-        return images, torch.from_numpy(np.stack(points)).float().to(DEVICE)[:, None], torch.from_numpy(
-            np.stack(targets)).float().to(DEVICE)
+        images, points, targets = (torch.from_numpy(np.stack(rows)).float().to(DEVICE)
+                                   for rows in (images, points, targets))
+        return images.permute(0, 3, 1, 2), points[:, None], targets
 
     def masks_of(sam, images, points):
-        """The decoder's first (single-mask) output for one point a picture: logits (B, 64, 64), predicted IoU (B,)."""
+        """The decoder's first (single-mask) output for one point a picture: logits (B, 64, 64),
+        predicted IoU (B,)."""
         features = sam.image_encoder(sam.preprocess(images))
-        out, quality = [], []
-        for f, p in zip(features, points):
-            label = torch.ones(1, 1, dtype=torch.long, device=p.device)
-            sparse, dense = sam.prompt_encoder(points=(p[None], label), boxes=None, masks=None)
+        found, quality = [], []
+        for feature, point in zip(features, points):
+            label = torch.ones(1, 1, dtype=torch.long, device=point.device)
+            sparse, dense = sam.prompt_encoder(
+                points=(point[None], label), boxes=None, masks=None)
             low, iou = sam.mask_decoder(
-                image_embeddings=f[None], image_pe=sam.prompt_encoder.get_dense_pe(), sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense, multimask_output=False)
-            out.append(sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE))[0, 0])
+                image_embeddings=feature[None], image_pe=sam.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
+                multimask_output=False)
+            found.append(sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE))[0, 0])
             quality.append(iou[0, 0])
-        return torch.stack(out), torch.stack(quality)
+        return torch.stack(found), torch.stack(quality)
 
     def overlap(logits, target):
         a, b = logits > 0, target > .5
@@ -1096,133 +1152,154 @@ def make_sam():
     def loss(nets, i, g):
         images, points, target = batch(0, 16, g)
         logits, quality = masks_of(nets['sam'], images, points)
-        p, iou = logits.sigmoid(), overlap(logits, target)
+        p = logits.sigmoid()
+        iou = overlap(logits, target)
         dice = 1 - (2 * (p * target).sum((1, 2)) + 1) / (p.sum((1, 2)) + target.sum((1, 2)) + 1)
-        return F.binary_cross_entropy_with_logits(logits, target) + dice.mean() + F.mse_loss(quality, iou), dict(
-            iou=iou.mean())
+        value = F.binary_cross_entropy_with_logits(logits, target) + dice.mean()
+        return value + F.mse_loss(quality, iou), dict(iou=iou.mean())
 
     sam = fit('sam', torch.nn.ModuleDict(dict(sam=sam)), loss, 1000, 1e-3, ema=.998)['sam']
+    held_out = batch(2, min(512, args.pictures), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        images, points, target = batch(2, min(512, args.pictures), torch.Generator().manual_seed(0))
-        iou = torch.cat([overlap(masks_of(sam, a, b)[0], c) for a, b, c in
-                         zip(images.split(64), points.split(64), target.split(64))])
+        iou = torch.cat([overlap(masks_of(sam, images, points)[0], target)
+                         for images, points, target in zip(*(x.split(64) for x in held_out))])
     print(f'sam: held-out IoU {iou.mean():.3f} over {len(iou)} points')
     torch.save(sam.half().state_dict(), OUT / 'sam.tmp')
     os.replace(OUT / 'sam.tmp', OUT / 'sam.pth')
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what CLIP and the preference model share
 
 def normalised(pixels):
     """[-1, 1] -> CLIP's own mean and deviation."""
-    mean, std = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
-    return (pixels * .5 + .5 - mean.to(DEVICE)[:, None, None]) / std.to(DEVICE)[:, None, None]
-
+    mean = torch.tensor([.48145466, .4578275, .40821073]).to(DEVICE)[:, None, None]
+    std = torch.tensor([.26862954, .26130258, .27577711]).to(DEVICE)[:, None, None]
+    return (pixels * .5 + .5 - mean) / std
 
 def clip_pictures(model, pixels):
-    return F.normalize(model.visual_projection(model.vision_model(pixel_values=normalised(pixels)).pooler_output), dim=-1)
-
+    seen = model.vision_model(pixel_values=normalised(pixels))
+    return F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
 
 def clip_texts(model, tokenizer, texts):
-    t = tokenizer(texts, padding=True, truncation=True, return_tensors='pt').to(DEVICE)
-    return F.normalize(model.text_projection(model.text_model(**t).pooler_output), dim=-1)
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors='pt').to(DEVICE)
+    read = model.text_model(**tokens)
+    return F.normalize(model.text_projection(read.pooler_output), dim=-1)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CLIP, the judge: contrastive, with captions that differ in one attribute as hard negatives
 
 def make_clip():
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
     tokenizer = make_tokenizer(WORK / 'tokenizer', '<|endoftext|>')
-    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-               pad_token_id=tokenizer.pad_token_id)
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-                num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=128, **ids)
-    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
-                  image_size=SIZE, patch_size=8, projection_dim=128)
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=128,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    vision = dict(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+        image_size=SIZE, patch_size=8, projection_dim=128)
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
     scenes, images = pool()
 
-    def read(model, texts):
-        return clip_texts(model, tokenizer, texts)
+    # the classes of what is named: the ground, the relation, and of each object its slots
+    grounds, slots = list(COLOURS), [TEXTURES, list(COLOURS), SHAPES]
+    if args.world:
+        grounds, slots = GROUNDS, [list(THINGS)]
+    each = [len(values) for values in slots]
+    classes = [len(grounds), 1 + len(RELATIONS)] + each * 2
 
     def attributes(scene):
-        """Class numbers of a scene: background, relation, and texture, colour, shape of both objects, or what thing it
-        is (-1: none)."""
-        out = [grounds.index(scene['background']), 1 + RELATIONS.index(scene['relation']) if scene['relation'] else 0]
-        for k in range(2):
-            o = scene['objects'][k] if k < len(scene['objects']) else None
-            out += [v.index(o if args.world else o[j]) if o else -1 for j, v in enumerate(slots)]
-        return out
+        """Class numbers of a scene: background, relation, and texture, colour, shape of both
+        objects, or what thing it is (-1: none)."""
+        relation = 1 + RELATIONS.index(scene['relation']) if scene['relation'] else 0
+        numbers = [grounds.index(scene['background']), relation]
+        for thing in scene['objects']:
+            words = [thing] if args.world else thing
+            numbers += [values.index(word) for values, word in zip(slots, words)]
+        return numbers + [-1] * (len(classes) - len(numbers))
 
-    def places(seed, i):
-        """Which object, 1 or 2, covers most of each of the 64 patches of picture i; 0: none. (64,) int8."""
-        rng = np.random.default_rng([seed, i])
+    def places(i):
+        """Which object, 1 or 2, covers most of each of the 64 patches of picture i; 0: none.
+        (64,) int8."""
+        rng = np.random.default_rng([0, i])
         masks = render(draw_scene(rng), rng)[1]
         share = masks.reshape(len(masks), 8, 8, 8, 8).mean((2, 4))
         return np.where(share.max(0) >= .4, share.argmax(0) + 1, 0).astype(np.int8).ravel()
 
-    grounds, slots = list(COLOURS), [TEXTURES, list(COLOURS), SHAPES]
-    if args.world:
-        grounds, slots = GROUNDS, [list(THINGS)]
-    each = [len(v) for v in slots]
-    classes = [len(grounds), 3] + each * 2
-    facts = torch.tensor([attributes(s) for s in scenes])
+    def named(scores, numbers, sizes):
+        """The cross-entropies of attributes with `sizes` classes, added up; scores (N, all
+        classes), numbers (N, attributes)."""
+        return sum(F.cross_entropy(a, b, ignore_index=-1)
+                   for a, b in zip(scores.split(sizes, 1), numbers.T))
+
+    facts = torch.tensor([attributes(scene) for scene in scenes])
     file = WORK / f'places_{len(scenes)}.npy'
     if not file.exists():
-        np.save(file, np.stack([places(0, i) for i in tqdm(range(len(scenes)), desc='masks')]))
-    where = torch.from_numpy(np.load(file)).long()                                                     # (N, 64)
+        np.save(file, np.stack([places(i) for i in tqdm(range(len(scenes)), desc='masks')]))
+    where = torch.from_numpy(np.load(file)).long()                                         # (N, 64)
 
     def loss(nets, i, g):
-        model, index, hard = nets['clip'], torch.randint(len(images), (64,), generator=g).sort().values.numpy(), 3
-        rng, texts = np.random.default_rng([7, i]), []
+        model = nets['clip']
+        index = torch.randint(len(images), (64,), generator=g).sort().values.numpy()
+        rng = np.random.default_rng([7, i])
+        hard = 3
+        texts = []
         for k in index:
             near = neighbours(scenes[k])
-            texts += [caption(scenes[k])] + [near[j] for j in rng.permutation(len(near))[:hard]]
+            texts.append(caption(scenes[k]))
+            texts += [near[j] for j in rng.permutation(len(near))[:hard]]
         seen = model.vision_model(pixel_values=normalised(to_pixels(images[index])))
         v = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
-        t = read(model, texts)                                                                 # (B, D), (B (1 + h), D)
-        logits = model.logit_scale.exp().clamp(max=100) * v @ t.T                                     # (B, B (1 + h))
-        own = torch.arange(len(index), device=DEVICE) * (1 + hard)
-        near = logits.gather(1, own[:, None] + torch.arange(1 + hard, device=DEVICE))                      # (B, 1 + h)
+        t = clip_texts(model, tokenizer, texts)                            # (B, D), (B (1 + h), D)
+        logits = model.logit_scale.exp().clamp(max=100) * v @ t.T                # (B, B (1 + h))
+        rows = torch.arange(len(index), device=DEVICE)
+        own = rows * (1 + hard)
+        near = logits.gather(1, own[:, None] + torch.arange(1 + hard, device=DEVICE))  # (B, 1 + h)
         first = (near.argmax(1) == 0).float().mean()
-        # naming the attributes, of the picture and of each patch that an object covers, by linear layers that are thrown
-        # away, teaches the picture encoder much faster than the contrast does: 1,200 iterations with the contrast alone
-        # put 55 % of the own captions first among 5; with the picture's names alone textures and shapes were 75 % right
-        # after 3,000
-        goal = facts[index].to(DEVICE)
-        naming = sum(F.cross_entropy(a, b, ignore_index=-1) for a, b in zip(nets['naming'](v * 10).split(classes, 1), goal.T))
-        spot = where[index].to(DEVICE)                                                                        # (B, 64)
-        objects = goal[:, 2:].view(-1, 2, len(each))                                                     # (B, 2, slots)
-        objects = objects.gather(1, (spot - 1).clamp(min=0)[..., None].expand(-1, -1, len(each)))       # (B, 64, slots)
-        objects = objects.masked_fill(spot[..., None] == 0, -1).flatten(0, 1)
-        patches = nets['patches'](seen.last_hidden_state[:, 1:]).flatten(0, 1).split(each, 1)
-        naming = naming + 3 * sum(F.cross_entropy(a, b, ignore_index=-1) for a, b in zip(patches, objects.T))
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, own].T, torch.arange(len(index), device=DEVICE))
-                + F.cross_entropy(near, torch.zeros_like(own)) + naming), dict(hard=first, naming=naming)
 
-    nets = dict(clip=clip, naming=torch.nn.Linear(128, sum(classes)), patches=torch.nn.Linear(128, sum(each)))
+        # naming the attributes, of the picture and of each patch that an object covers, by linear
+        # layers that are thrown away, teaches the picture encoder much faster than the contrast
+        # does: 1,200 iterations with the contrast alone put 55 % of the own captions first among 5;
+        # with the picture's names alone textures and shapes were 75 % right after 3,000
+        goal = facts[index].to(DEVICE)
+        naming = named(nets['naming'](v * 10), goal, classes)
+        spot = where[index].to(DEVICE)                                                     # (B, 64)
+        objects = goal[:, 2:].view(-1, 2, len(each))                                 # (B, 2, slots)
+        which = (spot - 1).clamp(min=0)[..., None].expand(-1, -1, len(each))        # (B, 64, slots)
+        objects = objects.gather(1, which).masked_fill(spot[..., None] == 0, -1).flatten(0, 1)
+        patches = nets['patches'](seen.last_hidden_state[:, 1:]).flatten(0, 1)
+        naming = naming + 3 * named(patches, objects, each)
+        value = F.cross_entropy(logits, own) + F.cross_entropy(logits[:, own].T, rows)
+        value = value + F.cross_entropy(near, torch.zeros_like(own)) + naming
+        return value, dict(hard=first, naming=naming)
+
+    nets = dict(clip=clip, naming=torch.nn.Linear(128, sum(classes)),
+                patches=torch.nn.Linear(128, sum(each)))
     clip = fit('clip', torch.nn.ModuleDict(nets), loss, 3000, 1e-3, ema=.998)['clip']
+
+    scenes, images = pictures(min(512, args.pictures), 2)
+    captions = [caption(scene) for scene in scenes]
+    rng = np.random.default_rng(5)
+    right = []
     with torch.no_grad():
-        scenes, images = pictures(min(512, args.pictures), 2)
-        ranks, rng, captions = [], np.random.default_rng(5), [caption(s) for s in scenes]
         v = clip_pictures(clip, to_pixels(images))
-        for k, s in enumerate(scenes):
-            own = captions[k]
-            near = list(rng.permutation(sorted(set(neighbours(s)) - {own}))[:16])
-            far = list(rng.permutation(sorted(set(captions) - {own} - set(near)))[:31 - len(near)])
-            ranks.append((v[k] @ read(clip, [own] + near + far).T).argmax().item())
-    print(f'clip: R-precision of {len(ranks)} held-out pictures {np.mean(np.array(ranks) == 0):.3f} '
+        for k, (own, scene) in enumerate(zip(captions, scenes)):
+            near = list(rng.permutation(sorted(set(neighbours(scene)) - {own}))[:16])
+            rest = sorted(set(captions) - {own} - set(near))
+            far = list(rng.permutation(rest)[:31 - len(near)])
+            t = clip_texts(clip, tokenizer, [own] + near + far)
+            right.append((v[k] @ t.T).argmax().item() == 0)
+    print(f'clip: R-precision of {len(right)} held-out pictures {np.mean(right):.3f} '
           '(own caption first among 32, 16 of them one attribute away)')
 
     def build(folder):
         clip.half().save_pretrained(folder)
-        CLIPProcessor(CLIPImageProcessor(size={'shortest_edge': SIZE}, crop_size={'height': SIZE, 'width': SIZE}),
-                      tokenizer).save_pretrained(folder)
+        image_processor = CLIPImageProcessor(
+            size={'shortest_edge': SIZE}, crop_size={'height': SIZE, 'width': SIZE})
+        CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
 
     finish(build, 'clip')
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the preference model in PickScore's format: CLIP trained on, with the cross-entropy of the two pictures of a pair
