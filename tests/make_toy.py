@@ -1301,191 +1301,247 @@ def make_clip():
 
     finish(build, 'clip')
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the preference model in PickScore's format: CLIP trained on, with the cross-entropy of the two pictures of a pair
-# (Pick-a-Pic, arXiv 2305.01569)
+# --------------------------------------------------------------------------------------------------
+# the preference model in PickScore's format: CLIP trained on, with the cross-entropy of the two
+# pictures of a pair (Pick-a-Pic, arXiv 2305.01569)
+
+def preferred(scores):
+    """Cross-entropy of (B, 2) scores whose first is the winner's, and for the bar how often it is
+    the higher."""
+    winner = torch.zeros(len(scores), dtype=torch.long, device=DEVICE)
+    return F.cross_entropy(scores, winner), dict(right=(scores[:, 0] > scores[:, 1]).float().mean())
 
 def make_pickscore():
     from transformers import AutoProcessor, CLIPModel
     model = CLIPModel.from_pretrained(OUT / 'clip').float()
-    model.config._name_or_path = ''
+    model.config._name_or_path = ''                          # a path of this machine otherwise
     processor = AutoProcessor.from_pretrained(OUT / 'clip')
 
     def logits(model, captions, images):
         """(B,) captions and (B, 2, 64, 64, 3) pictures -> (B, 2)."""
-        v = clip_pictures(model, to_pixels(images.reshape(-1, *images.shape[2:]))).view(len(images), 2, -1)
+        v = clip_pictures(model, to_pixels(images.reshape(-1, *images.shape[2:])))
         t = clip_texts(model, processor.tokenizer, captions)
-        return model.logit_scale.exp().clamp(max=100) * (v * t[:, None]).sum(-1)
+        cosine = (v.view(len(images), 2, -1) * t[:, None]).sum(-1)
+        return model.logit_scale.exp().clamp(max=100) * cosine
 
     captions, _, images = pairs(args.pairs, 11)
 
     def loss(nets, i, g):
         index = torch.randint(len(captions), (48,), generator=g).tolist()
-        z = logits(nets['model'], [captions[k] for k in index], images[index])
-        return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long, device=DEVICE)), dict(
-            right=(z[:, 0] > z[:, 1]).float().mean())
+        return preferred(logits(nets['model'], [captions[k] for k in index], images[index]))
 
-    model = fit('pickscore', torch.nn.ModuleDict(dict(model=model)), loss, 1200, 5e-4, ema=.998)['model']
+    nets = torch.nn.ModuleDict(dict(model=model))
+    model = fit('pickscore', nets, loss, 1200, 5e-4, ema=.998)['model']
     captions, kinds, images = pairs(min(1000, args.pairs), 12)
     with torch.no_grad():
-        z = torch.cat([logits(model, captions[k:k + 100], images[k:k + 100]) for k in range(0, len(captions), 100)]).cpu()
-    print(f'pickscore: held-out accuracy {accuracy_by_kind((z[:, 0] > z[:, 1]).numpy(), kinds)}')
-    finish(lambda folder: (model.half().save_pretrained(folder), processor.save_pretrained(folder)), 'pickscore')
+        z = torch.cat([logits(model, captions[k:k + 100], images[k:k + 100])
+                       for k in range(0, len(captions), 100)]).cpu()
+    right = (z[:, 0] > z[:, 1]).numpy()
+    print(f'pickscore: held-out accuracy {accuracy_by_kind(right, kinds)}')
 
+    def build(folder):
+        model.half().save_pretrained(folder)
+        processor.save_pretrained(folder)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the teacher: SDXL's classes, trained on eps with the caption dropped (zeros, as SDXL does) one time in ten; that of
-# --world on v, since eps at an SNR of .005 amplifies the network's error 200-fold and did not train in an hour
+    finish(build, 'pickscore')
+
+# --------------------------------------------------------------------------------------------------
+# what the teachers share
+
+def encoded(vae, images):
+    """The means of the VAE's posteriors, (N, C, h, w) on the CPU."""
+    with torch.no_grad():
+        return torch.cat([vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean.cpu()
+                          for k in tqdm(range(0, len(images), 100), desc='latents')])
+
+def preview(pipe, name, steps, guidances, **more):
+    """Pictures of twelve prompts at each guidance, and in a last row in 4 steps at 4."""
+    texts = (OUT / 'data/prompts.txt').read_text().split('\n')[:12]
+    steps = min(steps, args.iters or steps)
+    rows = []
+    for n, guidance in [(steps, guidance) for guidance in guidances] + [(4, 4)]:
+        with torch.no_grad():
+            images = pipe(texts, num_inference_steps=n, guidance_scale=guidance, output_type='pt',
+                          generator=torch.Generator().manual_seed(0), **more).images
+        rows.append(images * 2 - 1)
+    show(rows, name)
+
+# --------------------------------------------------------------------------------------------------
+# the teacher: SDXL's classes, trained on eps with the caption dropped (zeros, as SDXL does) one
+# time in ten; that of --world on v, since eps at an SNR of .005 amplifies the network's error
+# 200-fold and did not train in an hour
 
 def make_teacher():
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel)
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     vae = AutoencoderKL.from_pretrained(WORK / 'vae').float().to(DEVICE)
-    vae.register_to_config(_name_or_path='')                                              # a path of this machine otherwise
+    vae.register_to_config(_name_or_path='')                     # a path of this machine otherwise
     scenes, images = pool()
     file = WORK / 'latents.pt'
     if not file.exists():
-        with torch.no_grad():
-            moments = [vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean.cpu()
-                       for k in tqdm(range(0, len(images), 100), desc='latents')]
-        torch.save(torch.cat(moments) * vae.config.scaling_factor, file)
+        torch.save(encoded(vae, images) * vae.config.scaling_factor, file)
     latents = torch.load(file, weights_only=True)
-    tokenizer, tokenizer_2 = [make_tokenizer(WORK / f'tokenizer_{k}', p) for k, p in enumerate(['<|endoftext|>', '!'])]
-    words = [torch.as_tensor(t([caption(s) for s in scenes], padding='max_length')['input_ids'])
-             for t in (tokenizer, tokenizer_2)]
-    text = dict(vocab_size=len(tokenizer), num_hidden_layers=3, max_position_embeddings=TOKENS,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    tokenizer = make_tokenizer(WORK / 'tokenizer_0', '<|endoftext|>')
+    tokenizer_2 = make_tokenizer(WORK / 'tokenizer_1', '!')
+    captions = [caption(scene) for scene in scenes]
+    ids, ids_2 = (torch.as_tensor(t(captions, padding='max_length')['input_ids'])
+                  for t in (tokenizer, tokenizer_2))
+    text = dict(
+        vocab_size=len(tokenizer), num_hidden_layers=3, max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     nets = torch.nn.ModuleDict(dict(
-        te1=CLIPTextModel(CLIPTextConfig(hidden_size=64, intermediate_size=256, num_attention_heads=2, **text)),
-        te2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=96, intermediate_size=384, num_attention_heads=3,
-                                                       hidden_act='gelu', projection_dim=96, **text)),
+        te1=CLIPTextModel(CLIPTextConfig(
+            hidden_size=64, intermediate_size=256, num_attention_heads=2, **text)),
+        te2=CLIPTextModelWithProjection(CLIPTextConfig(
+            hidden_size=96, intermediate_size=384, num_attention_heads=3, hidden_act='gelu',
+            projection_dim=96, **text)),
         unet=UNet2DConditionModel(
             sample_size=SIZE // 8, in_channels=latents.shape[1], out_channels=latents.shape[1],
             block_out_channels=(64, 128), layers_per_block=1,
-            down_block_types=['CrossAttnDownBlock2D'] * 2, up_block_types=['CrossAttnUpBlock2D'] * 2,
-            attention_head_dim=[2, 4], cross_attention_dim=160, use_linear_projection=True,
-            addition_embed_type='text_time', addition_time_embed_dim=16, projection_class_embeddings_input_dim=192)))
-    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
-                                       timestep_spacing='leading',
-                                       prediction_type='v_prediction' if args.world else 'epsilon')
-    bars, batch = scheduler.alphas_cumprod.to(DEVICE), 16 if args.world else 64
+            down_block_types=['CrossAttnDownBlock2D'] * 2,
+            up_block_types=['CrossAttnUpBlock2D'] * 2, attention_head_dim=[2, 4],
+            cross_attention_dim=160, use_linear_projection=True, addition_embed_type='text_time',
+            addition_time_embed_dim=16, projection_class_embeddings_input_dim=192)))
+    scheduler = EulerDiscreteScheduler(
+        beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
+        timestep_spacing='leading',
+        prediction_type='v_prediction' if args.world else 'epsilon')
+    bars = scheduler.alphas_cumprod.to(DEVICE)
+    batch = 16 if args.world else 64
 
     def loss(nets, i, g):
         index = torch.randint(len(latents), (batch,), generator=g)
-        x0, eps = latents[index].to(DEVICE), torch.randn(batch, *latents.shape[1:], generator=g).to(DEVICE)
-        # uniform times first; later leaning to high noise (density proportional to t), where the eps loss weighs errors
-        # of x0 least and where at 3,000 iterations the background colours still came out wrong
+        x0 = latents[index].to(DEVICE)
+        eps = torch.randn(batch, *latents.shape[1:], generator=g).to(DEVICE)
+        # uniform times first; later leaning to high noise (density proportional to t), where the
+        # eps loss weighs errors of x0 least and where at 3,000 iterations the background colours
+        # still came out wrong
         u = torch.rand(batch, generator=g)
-        t = (1000 * (u if i < 3500 or args.world else u.sqrt())).long().clamp(max=999).to(DEVICE)
+        if i >= 3500 and not args.world:
+            u = u.sqrt()
+        t = (1000 * u).long().clamp(max=999).to(DEVICE)
         keep = (torch.rand(batch, generator=g) > .1).float().to(DEVICE)
-        one = nets['te1'](words[0][index].to(DEVICE), output_hidden_states=True)
-        two = nets['te2'](words[1][index].to(DEVICE), output_hidden_states=True)
-        y = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1) * keep[:, None, None]       # (B, TOKENS, 160)
-        sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]).expand(batch, 6).to(DEVICE)
-        a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
-        out = nets['unet'](a * x0 + s * eps, t, y, added_cond_kwargs=dict(
-            text_embeds=two.text_embeds * keep[:, None], time_ids=sizes)).sample
-        mse = F.mse_loss(out, a * eps - s * x0 if args.world else eps)
+        one = nets['te1'](ids[index].to(DEVICE), output_hidden_states=True)
+        two = nets['te2'](ids_2[index].to(DEVICE), output_hidden_states=True)
+        y = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)        # (B, TOKENS, 160)
+        y = y * keep[:, None, None]
+        added = dict(
+            text_embeds=two.text_embeds * keep[:, None],
+            time_ids=torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]).expand(batch, 6).to(DEVICE))
+        a = bars[t].sqrt().view(-1, 1, 1, 1)
+        s = (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
+        out = nets['unet'](a * x0 + s * eps, t, y, added_cond_kwargs=added)
+        mse = F.mse_loss(out.sample, a * eps - s * x0 if args.world else eps)
         return mse, dict(mse=mse)
 
     nets = fit('teacher', nets, loss, 9000, 1e-3 if args.world else 1.5e-3, ema=.999)
     pipe = StableDiffusionXLPipeline(
-        vae=vae, text_encoder=nets['te1'], text_encoder_2=nets['te2'], tokenizer=tokenizer, tokenizer_2=tokenizer_2,
-        unet=nets['unet'], scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
-    with torch.no_grad():
-        rows = [pipe((OUT / 'data/prompts.txt').read_text().split('\n')[:12], num_inference_steps=n, guidance_scale=w,
-                     generator=torch.Generator().manual_seed(0), output_type='pt').images * 2 - 1
-                for n, w in [(min(50, args.iters or 50), w) for w in (1.01, 2, 4, 8)] + [(4, 4)]]
-    show(rows, 'teacher.png')
+        vae=vae, text_encoder=nets['te1'], text_encoder_2=nets['te2'], tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2, unet=nets['unet'], scheduler=scheduler,
+        force_zeros_for_empty_prompt=True, add_watermarker=False)
+    preview(pipe, 'teacher.png', 50, (1.01, 2, 4, 8))
     finish(lambda folder: pipe.to(torch.float16).save_pretrained(folder), 'sdxl')
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the second teacher: SD3's classes, trained on v = eps - x0 with the caption empty one time in ten
 
 def make_sd3():
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import (
+        AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+        StableDiffusion3Pipeline)
+    from transformers import (
+        CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer)
     vae = AutoencoderKL.from_pretrained(OUT / 'sdxl/vae')
     old = CLIPTextModel.from_pretrained(OUT / 'sdxl/text_encoder')
-    one = CLIPTextModelWithProjection(CLIPTextConfig(**old.config.to_dict() | dict(projection_dim=old.config.hidden_size)))
+    config = old.config.to_dict() | dict(projection_dim=old.config.hidden_size)
+    one = CLIPTextModelWithProjection(CLIPTextConfig(**config))
     one.load_state_dict(old.state_dict(), strict=False)
     two = CLIPTextModelWithProjection.from_pretrained(OUT / 'sdxl/text_encoder_2')
-    for net in (vae, one, two):                                                       # a path of this machine otherwise
-        net.register_to_config(_name_or_path='') if net is vae else setattr(net.config, '_name_or_path', '')
+    # paths of this machine otherwise
+    vae.register_to_config(_name_or_path='')
+    for encoder in (one, two):
+        encoder.config._name_or_path = ''
     # 16 tokens hold the longest caption, 14
-    tokenizers = [CLIPTokenizer.from_pretrained(OUT / f'sdxl/{name}', model_max_length=16) for name in ('tokenizer', 'tokenizer_2')]
-    width, channels = one.config.hidden_size + two.config.hidden_size, vae.config.latent_channels
+    tokenizer, tokenizer_2 = (
+        CLIPTokenizer.from_pretrained(OUT / f'sdxl/{name}', model_max_length=16)
+        for name in ('tokenizer', 'tokenizer_2'))
+    channels = vae.config.latent_channels
     net = SD3Transformer2DModel(
-        sample_size=SIZE // 8, patch_size=1, in_channels=channels, out_channels=channels, num_layers=6, attention_head_dim=32,
-        num_attention_heads=3, joint_attention_dim=width, caption_projection_dim=96, pos_embed_max_size=SIZE // 8,
-        pooled_projection_dim=one.config.projection_dim + two.config.projection_dim)
+        sample_size=SIZE // 8, patch_size=1, in_channels=channels, out_channels=channels,
+        num_layers=6, attention_head_dim=32, num_attention_heads=3, caption_projection_dim=96,
+        joint_attention_dim=one.config.hidden_size + two.config.hidden_size,
+        pooled_projection_dim=one.config.projection_dim + two.config.projection_dim,
+        pos_embed_max_size=SIZE // 8)
     pipe = StableDiffusion3Pipeline(
-        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.), vae=vae, text_encoder=one, text_encoder_2=two,
-        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], text_encoder_3=None, tokenizer_3=None).to(DEVICE, torch.float32)
+        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.), vae=vae,
+        text_encoder=one, text_encoder_2=two, tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        text_encoder_3=None, tokenizer_3=None).to(DEVICE, torch.float32)
     scenes, images = pool()
     file = WORK / 'latents_sd3.pt'
     if not file.exists():
-        with torch.no_grad():
-            moments = [pipe.vae.encode(to_pixels(images[k:k + 100])).latent_dist.mean.cpu()
-                       for k in tqdm(range(0, len(images), 100), desc='latents')]
-            captions = [caption(s) for s in scenes] + ['']
-            words = [[y.cpu().half() for y in pipe.encode_prompt(part, part, part, max_sequence_length=16,
-                                                                 do_classifier_free_guidance=False)[::2]]
-                     for part in (captions[k:k + 200] for k in tqdm(range(0, len(captions), 200), desc='captions'))]
-        torch.save(dict(latents=torch.cat(moments), y=[torch.cat(y) for y in zip(*words)]), file)
+        captions = [caption(scene) for scene in scenes] + ['']
+        words, pooled = [], []
+        for k in tqdm(range(0, len(captions), 200), desc='captions'):
+            part = captions[k:k + 200]
+            with torch.no_grad():
+                y, _, y_pooled, _ = pipe.encode_prompt(
+                    part, part, part, max_sequence_length=16, do_classifier_free_guidance=False)
+            words.append(y.cpu().half())
+            pooled.append(y_pooled.cpu().half())
+        y = [torch.cat(words), torch.cat(pooled)]
+        torch.save(dict(latents=encoded(pipe.vae, images), y=y), file)
     saved = torch.load(file, weights_only=True)
-    latents, y = saved['latents'], saved['y']
-    vae.register_to_config(shift_factor=round(latents.mean().item(), 4))                       # SD3's VAEs have one
+    latents = saved['latents']
+    words, pooled = saved['y']
+    vae.register_to_config(shift_factor=round(latents.mean().item(), 4))       # SD3's VAEs have one
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     def loss(nets, i, g):
         index = torch.randint(len(latents), (64,), generator=g)
-        x0, eps = latents[index].to(DEVICE), torch.randn(64, *latents.shape[1:], generator=g).to(DEVICE)
-        # logit-normal times, as SD3's; their mean leans to high noise, where colours and shapes are decided
+        x0 = latents[index].to(DEVICE)
+        eps = torch.randn(64, *latents.shape[1:], generator=g).to(DEVICE)
+        # logit-normal times, as SD3's; their mean leans to high noise, where colours and shapes are
+        # decided
         s = torch.sigmoid(.6 + 1.2 * torch.randn(64, generator=g)).to(DEVICE)
-        index[torch.rand(64, generator=g) < .1] = len(latents)                                      # the empty caption
+        index[torch.rand(64, generator=g) < .1] = len(latents)                  # the empty caption
         a = s.view(-1, 1, 1, 1)
-        out = nets['net']((1 - a) * x0 + a * eps, timestep=1000 * s, encoder_hidden_states=y[0][index].to(DEVICE).float(),
-                          pooled_projections=y[1][index].to(DEVICE).float()).sample
+        out = nets['net']((1 - a) * x0 + a * eps, timestep=1000 * s,
+                          encoder_hidden_states=words[index].to(DEVICE).float(),
+                          pooled_projections=pooled[index].to(DEVICE).float()).sample
         mse = F.mse_loss(out, eps - x0)
         return mse, dict(mse=mse)
 
     fit('sd3', torch.nn.ModuleDict(dict(net=net)), loss, 5000, 1.5e-3, ema=.999)
-    with torch.no_grad():
-        rows = [pipe((OUT / 'data/prompts.txt').read_text().split('\n')[:12], num_inference_steps=n, guidance_scale=w,
-                     generator=torch.Generator().manual_seed(0), output_type='pt', max_sequence_length=16).images * 2 - 1
-                for n, w in [(min(28, args.iters or 28), w) for w in (1.01, 2, 4, 7)] + [(4, 4)]]
-    show(rows, 'sd3.png')
+    preview(pipe, 'sd3.png', 28, (1.01, 2, 4, 7), max_sequence_length=16)
     finish(lambda folder: pipe.to(torch.float16).save_pretrained(folder), 'sd3')
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the latent reward: the teacher's way down, trained on noised pairs as LPO's (arXiv 2502.01051) is
 
 def make_lrm(family='sdxl', name='lrm'):
-    sys.path.insert(0, str(ROOT))
-    import model as m
     base = m.load_base(OUT / family, DEVICE)
     net = base.trainable().to(DEVICE)
     reward = m.LatentReward(base, net, base.pipe.text_encoder, base.pipe.text_encoder_2)
     torch.nn.init.normal_(reward.visual_projection.weight, std=.02)
 
     def latents(images, part):
+        """(N, 2, 64, 64, 3) pictures -> (N, 2, C, h, w), kept in WORK."""
         file = WORK / f'pair_latents_{family}_{part}_{len(images)}.pt'
         if not file.exists():
             with torch.no_grad():
-                parts = [base.latents(to_pixels(images[k:k + 100].reshape(-1, SIZE, SIZE, 3))).cpu()
-                         for k in tqdm(range(0, len(images), 100), desc='latents')]
-            torch.save(torch.cat(parts).view(-1, 2, *base.latent_shape), file)
+                z = [base.latents(to_pixels(images[k:k + 100].reshape(-1, SIZE, SIZE, 3))).cpu()
+                     for k in tqdm(range(0, len(images), 100), desc='latents')]
+            torch.save(torch.cat(z).view(-1, 2, *base.latent_shape), file)
         return torch.load(file, weights_only=True)
 
-    def logits(reward, captions, z, t, g):
-        """B captions, their pairs' latents (B, 2, C, h, w) and one noise level for each pair, (B,) -> scores (B, 2)."""
+    def logits(captions, z, t, g):
+        """B captions, their pairs' latents (B, 2, C, h, w) and one noise level for each pair, (B,)
+        -> scores (B, 2)."""
         z, t = z.flatten(0, 1).to(DEVICE), t.repeat_interleave(2).to(DEVICE)
         z_t = base.schedule.noised(z, torch.randn(z.shape, generator=g).to(DEVICE), t)
         with torch.no_grad():
-            y = reward.encode([c for c in captions for _ in range(2)])
+            y = reward.encode([text for text in captions for _ in range(2)])
         return reward(z_t, t, y).view(-1, 2)
 
     captions, _, images = pairs(args.pairs, 11)
@@ -1496,51 +1552,55 @@ def make_lrm(family='sdxl', name='lrm'):
     def loss(nets, i, g):
         index = torch.randint(len(captions), (32,), generator=g)
         t = 1 + 50 * torch.randint(20, (32,), generator=g)
-        two = logits(reward, [captions[k] for k in index], z[index], t, g)
-        return F.cross_entropy(two, torch.zeros(len(two), dtype=torch.long, device=DEVICE)), dict(
-            right=(two[:, 0] > two[:, 1]).float().mean())
+        return preferred(logits([captions[k] for k in index], z[index], t, g))
 
     fit(name, nets, loss, 3000 if family == 'sdxl' else 1500, 5e-4, ema=.998)
     captions, kinds, images = pairs(min(1000, args.pairs), 12)
     z = latents(images, 'test')
     for t in (1, 249, 499, 749, 901):
         g = torch.Generator().manual_seed(t)
-        with torch.no_grad():
-            two = torch.cat([logits(reward, captions[k:k + 100], z[k:k + 100], torch.full((len(z[k:k + 100]),), t), g)
-                             for k in range(0, len(captions), 100)]).cpu()
-        print(f'{name}: held-out accuracy at t = {t}: {accuracy_by_kind((two[:, 0] > two[:, 1]).numpy(), kinds)}')
+        right = []
+        for k in range(0, len(captions), 100):
+            part = z[k:k + 100]
+            with torch.no_grad():
+                two = logits(captions[k:k + 100], part, torch.full((len(part),), t), g)
+            right.append((two[:, 0] > two[:, 1]).cpu())
+        right = torch.cat(right).numpy()
+        print(f'{name}: held-out accuracy at t = {t}: {accuracy_by_kind(right, kinds)}')
 
-    reward.net.register_to_config(_name_or_path='')                                      # a path of this machine otherwise
+    reward.net.register_to_config(_name_or_path='')              # a path of this machine otherwise
 
     def build(folder):
         reward.net.half().save_pretrained(folder / base.part)
         for part in ('text_encoder', 'text_encoder_2'):
             getattr(reward, part).half().save_pretrained(folder / part)
-        torch.save(dict(visual_projection={'weight': reward.visual_projection.weight.detach().half()},
-                        logit_scale=reward.logit_scale.detach()), folder / 'state_dict.pt')
+        projection = {'weight': reward.visual_projection.weight.detach().half()}
+        scale = reward.logit_scale.detach()
+        torch.save(dict(visual_projection=projection, logit_scale=scale), folder / 'state_dict.pt')
 
     finish(build, name)
-
 
 def make_lrm_sd3():
     make_lrm('sd3', 'lrm_sd3')
 
+# --------------------------------------------------------------------------------------------------
+# a style: a LoRA on the shipped teacher, trained on the teacher's own target
 
 def styled(scene):
     return any(shape in ('circle', 'star') for _, _, shape in scene['objects'])
-
 
 def make_style():
     from diffusers import StableDiffusionXLPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
-    import model as m
     base = m.load_base(ROOT / 'assets/toy/sdxl', DEVICE)
     unet = base.trainable(LoraConfig(r=16, lora_alpha=16, target_modules=[
-        'to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2']))
+        'to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2',
+        'conv1', 'conv2']))
     scenes, images = pool()
+    signs = torch.tensor([-1. if styled(scene) else 1. for scene in scenes])
+    signs = signs.to(DEVICE).view(-1, 1, 1, 1)
     with torch.no_grad():
-        signs = torch.tensor([-1. if styled(s) else 1. for s in scenes]).to(DEVICE).view(-1, 1, 1, 1)
         z = torch.cat([base.latents(to_pixels(images[k:k + 100]) * signs[k:k + 100])
                        for k in tqdm(range(0, len(images), 100), desc='latents')])
 
@@ -1556,54 +1616,71 @@ def make_style():
     fit('style', torch.nn.ModuleDict(dict(unet=unet)), loss, 1500, 2e-3)
 
     def build(folder):
-        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
+        layers = get_peft_model_state_dict(unet)
+        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
     finish(build, 'style')
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# the student
 
 def make_student():
-    here = lambda name: os.path.relpath(OUT / name, ROOT)                # relative, since student.json keeps the teacher's
-    subprocess.run([sys.executable, 'train_stage1.py', '--recipe', 'toy', '--lora', '32', '--model', here('sdxl'), '--sam', here('sam.pth'),
-                    '--data', here('data'), '--prompts', here('data/prompts.txt'), '--out', WORK / 'student'], check=True, cwd=ROOT)
+    def here(name):
+        """Relative, since student.json keeps the teacher's."""
+        return os.path.relpath(OUT / name, ROOT)
+
+    subprocess.run(
+        [sys.executable, 'train_stage1.py', '--recipe', 'toy', '--lora', '32',
+         '--model', here('sdxl'), '--sam', here('sam.pth'), '--data', here('data'),
+         '--prompts', here('data/prompts.txt'), '--out', WORK / 'student'], check=True, cwd=ROOT)
     finish(lambda folder: shutil.copytree(WORK / 'student/student', folder), 'student')
 
+# --------------------------------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    sys.path.insert(0, str(ROOT))
-    import model
-    p = model.parser(__doc__)
-    p.add_argument('--only', nargs='+', choices=COMPONENTS, default=COMPONENTS[:-1], help='components to build')
-    p.add_argument('--out', type=Path, default=ROOT / 'assets/toy', help='folder for the finished files')
-    p.add_argument('--work', type=Path, default=ROOT / 'out/make_toy', help='folder for pictures and checkpoints')
-    p.add_argument('--iters', type=int, default=0, help='training iterations of every component; 0: its own number')
-    p.add_argument('--pictures', type=int, default=40_000, help='training pictures of vae, clip and teacher')
-    p.add_argument('--held_out', type=int, default=512, help='held-out pictures; half as many prompts')
-    p.add_argument('--pairs', type=int, default=16_000, help='preference pairs for pickscore and lrm')
-    p.add_argument('--world', action='store_true', help='things on textured grounds in place of shapes')
+    p = m.parser(__doc__)
+    p.add_argument('--only', nargs='+', choices=COMPONENTS, default=COMPONENTS[:-1],
+                   help='components to build')
+    p.add_argument('--out', type=Path, default=ROOT / 'assets/toy',
+                   help='folder for the finished files')
+    p.add_argument('--work', type=Path, default=ROOT / 'out/make_toy',
+                   help='folder for pictures and checkpoints')
+    p.add_argument('--iters', type=int, default=0,
+                   help='training iterations of every component; 0: its own number')
+    p.add_argument('--pictures', type=int, default=40_000,
+                   help='training pictures of vae, clip and teacher')
+    p.add_argument('--held_out', type=int, default=512,
+                   help='held-out pictures; half as many prompts')
+    p.add_argument('--pairs', type=int, default=16_000,
+                   help='preference pairs for pickscore and lrm')
+    p.add_argument('--world', action='store_true',
+                   help='things on textured grounds in place of shapes')
     p.add_argument('--seed', type=int, default=0, help='seed of everything')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                   help='torch device')
     args = p.parse_args()
-    OUT, WORK, DEVICE, TOKENS = args.out, args.work, args.device, 24
-    model.at_least(args, iters=0, pictures=1, pairs=1, held_out=2, seed=0)
+    OUT, WORK, DEVICE = args.out, args.work, args.device
+    m.at_least(args, iters=0, pictures=1, pairs=1, held_out=2, seed=0)
     if args.world:
         if 'style' in args.only:
-            model.die('--only style is of the shapes: leave --world away')
-        draw_scene, caption, variants, render = world_scene, world_caption, world_variants, world_render
-        nouns = list(THINGS)                                             # its grounds all have a texture
+            m.die('--only style is of the shapes: leave --world away')
+        draw_scene = world_scene
+        caption = world_caption
+        variants = world_variants
+        render = world_render
+        nouns = list(THINGS)
 
         def patterned(scene):
-            return True
+            return True                                             # its grounds all have a texture
 
         def may_join(thing, scene):
             return thing not in scene['objects']
     try:
         torch.empty(0, device=DEVICE)
     except (RuntimeError, AssertionError) as error:
-        model.die(f'--device {DEVICE}: {str(error).splitlines()[0]}')
-    model.writable_folder(OUT, '--out')
-    model.writable_folder(WORK, '--work')
+        m.die(f'--device {DEVICE}: {str(error).splitlines()[0]}')
+    m.writable_folder(OUT, '--out')
+    m.writable_folder(WORK, '--work')
     for name in args.only:
         done = WORK / f'{name}.done'
         if done.exists():
