@@ -410,9 +410,9 @@ def page():
              'seed, positive where the side named first is better. Shown, opposite: the 95 % '
              "interval by Student's t has one sign. The errors are of training seeds alone: all "
              'rows have the same prompts, and those that begin at one student have it in common. '
-             'Other prompts move a difference as well: by +- .0010 in PickScore, .009 in CMMD, .033 '
-             "in spectrum, .14 in margin (95 %, evaluate.py's interval for seed 0 of refl, 60 and "
-             'refl alone). '
+             'Other prompts move a difference as well: by +- .0010 in PickScore, .009 in CMMD, '
+             ".033 in spectrum, .14 in margin (95 %, evaluate.py's interval for seed 0 of refl, 60 "
+             'and refl alone). '
              'Rows are judged one by one: where nothing is, one in twenty has a sign by chance.']
     rows = filter(None, (verdict(c) for name in CLAIMS for c in CLAIMS[name]))
     lines += table(['claim', 'by', 'its side', 'the other', 'difference', 'seeds', ''], rows)

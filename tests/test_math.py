@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import (
-    DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler)
+    DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
+    LCMScheduler)
 from safetensors.torch import save_file
 from torch.distributions import Normal
 
@@ -391,7 +392,8 @@ def algorithm_1(base, nets, s, it, seed, gan, split, couple, side):
             end = x0
             for k in range(s + 1, 4):
                 end = G(base, student, noised(end, eps[k], at[k]), at[k], y)
-        z = G(base, student, noised(end, low_eps, at[3]), at[3], y)   # one step of four is at low noise
+        # one step of four is at low noise
+        z = G(base, student, noised(end, low_eps, at[3]), at[3], y)
 
     # eq. 3 and 4
     with torch.no_grad():

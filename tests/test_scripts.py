@@ -88,7 +88,8 @@ def test_what_both_stages_do_stands_in_both_word_for_word():
         assert text == two[title], title
     assert '\n'.join(one.values()).count('\n') > 250
 
-@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('script', [
+    *SCRIPTS, *(f'tests/{file.name}' for file in ROOT.glob('tests/*.py'))])
 def test_house_style(script):
     """No line over 100 columns, no statement that is a tuple, no text times a bool."""
     text = (ROOT / script).read_text()
@@ -388,8 +389,8 @@ def test_own_data_alone_suffices_and_its_troubles_are_counted(tmp_path):
     run = tmp_path / 'run'
     done = well(start(
         'train_stage1.py', *SMALL, '--batch', 2, '--micro', 1, '--iters', 3, '--data', folder,
-        '--grad_checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload', '--out', run,
-        ranks=2))
+        '--grad_checkpointing', '--gan_crop', 32, '--save_dtype', 'float32', '--offload',
+        '--out', run, ranks=2))
     said = f'--data {folder}: 6 pictures in the column image, captions in text\n'
     assert said in done.stdout
     samples = [m.Pictures(str(folder), '', '', '', 64, 0)[i] for i in range(6)]
@@ -535,8 +536,8 @@ def test_pictures_are_not_made_twice(evaluated):
 
 def test_a_student_is_scored_at_its_own_steps(tmp_path):
     altered(ROOT / STUDENT, tmp_path / 'two', 'student.json', dict(steps=[999, 499]))
-    done = well(inside('evaluate.py', '--ckpt', tmp_path / 'two', '--n', 1, '--metrics', 'sharpness',
-                       '--out', tmp_path / 'a.json'))
+    done = well(inside('evaluate.py', '--ckpt', tmp_path / 'two', '--n', 1,
+                       '--metrics', 'sharpness', '--out', tmp_path / 'a.json'))
     assert f'| {tmp_path}/two, 2 steps |' in done.stdout
 
 def test_a_pipeline_has_the_guidance_of_its_row(tmp_path):
@@ -639,7 +640,8 @@ def of_images(folder, names, held, prompts=None, save=None, flags=()):
     return row, done
 
 def test_spectrum_and_sharpness_see_lost_texture_and_only_spectrum_sees_noise(held, tmp_path):
-    """Real pictures, blurred ones, noisy ones, and those that a VAE has passed against themselves."""
+    """Real pictures, blurred ones, noisy ones, and those that a VAE has passed against
+    themselves."""
     images, texts = held
     vae = m.load_pipeline('assets/toy/sdxl', '--model', torch.float32).vae
     x = torch.stack([pil_to_tensor(image) for image in images]) / 127.5 - 1
@@ -695,7 +697,7 @@ def test_pictures_of_other_tools_are_tied_to_their_prompts(kind, held, tmp_path)
     lambda i: f'{i}-{7 * i % 16}.png', lambda i: f'ComfyUI_{i + 1}.png'],
     ids=['offset', 'gap', 'double', 'seeds', 'from 1, of more prompts'])
 def test_pictures_that_cannot_be_tied_are_refused(name, held, tmp_path):
-    more = held[1] + ['a red ring on blue'] * ('_' in name(0))
+    more = held[1] + (['a red ring on blue'] if '_' in name(0) else [])
     _, done = of_images(tmp_path / 'a', [name(i) for i in range(16)], held, more)
     assert 'which of its 16 pictures belongs to which line' in said_no(done)
 
@@ -829,8 +831,8 @@ def test_stage_2_resumes_bit_for_bit(joint, tmp_path):
     assert f'error: --init {later} is of iteration 600 now' in done.stderr
 
 ADVERSARIAL = ['--rl', 'grpo', '--reward', 'discriminator', '--candidates', 4, '--iters', 8,
-               '--rl_ratio', 2, '--critic_warmup', 1, '--fake_lora', 8, '--save_every', 6, '--eval_every', 8,
-               '--eval_n', 4]
+               '--rl_ratio', 2, '--critic_warmup', 1, '--fake_lora', 8, '--save_every', 6,
+               '--eval_every', 8, '--eval_n', 4]
 
 @pytest.fixture(scope='session')
 def adversarial(tmp_path_factory):
@@ -839,8 +841,8 @@ def adversarial(tmp_path_factory):
 
 def test_advdmd_begins_with_distillation(adversarial):
     """Policy updates from a quarter of the run, in the end two for an update by distillation, which
-    takes two iterations, --ttur 2: the student learns in every second of them. D sees real and generated states in all. After
-    them the evaluation is what it was before."""
+    takes two iterations, --ttur 2: the student learns in every second of them. D sees real and
+    generated states in all. After them the evaluation is what it was before."""
     out, lines, _ = adversarial
     before, after = rows(out, 'eval.jsonl')
     assert {*before} == {*after} >= {'reward', 'rprecision', 'cmmd'}
@@ -895,7 +897,8 @@ def test_stage_2_goes_on_from_a_run(plain, tmp_path):
     for name, count in ('student', 5), ('rl', 1):
         assert {v.item() for k, v in after.items() if k.startswith(f'{name}.step/')} == {count}
     handed = ('offload sam data data_files data_limit image_column text_column prompts workers cfg '
-              'gan gan_weight gan_crop split ttur batch micro grad_checkpointing save_dtype').split()
+              'gan gan_weight gan_crop split ttur batch micro grad_checkpointing '
+              'save_dtype').split()
     args = json.loads((out / 'args.json').read_text())
     assert {name: args[name] for name in handed} == {name: told[name] for name in handed}
     assert args['couple'] == .75
@@ -1006,7 +1009,8 @@ BAD = [
     (ONE, ['--model', 'some-body/no-such-model', '--force'],
      '--model some-body/no-such-model is not on this machine'),
     (ONE, ['--model', 'some-body/no-such-model', '--grad_checkpointing', '--micro', '1', '--batch',
-           '1'], ': more ranks or --lora 64 or --gan_crop 512 or --offload or --cpu_offload may do;'),
+           '1'],
+     ': more ranks or --lora 64 or --gan_crop 512 or --offload or --cpu_offload may do;'),
     (ONE, ['--model', 'some-body/no-such-model', '--cpu_offload', '--micro', '1', '--batch', '1',
            '--grad_checkpointing', '--gan', 'none', '--offload'],
      '--cpu_offload takes 82.1 GB of main'),
@@ -1042,7 +1046,8 @@ BAD = [
     (TWO, ['--reward', 'discriminator', '--gan', 'pixel'], '--gan pixel trains none on latents'),
     (TWO, ['--steps', 1, '--no-split'], 'is one that gets preference updates; use more --steps'),
     (TWO, ['--lrm', 'TMP/nowhere'], '--lrm TMP/nowhere does not exist'),
-    (TWO, ['--lrm', 'TMP/nowhere', '--prompts_only', 'assets/prompts.txt'],          # no GAN is left
+    # no GAN is left
+    (TWO, ['--lrm', 'TMP/nowhere', '--prompts_only', 'assets/prompts.txt'],
      '--lrm TMP/nowhere does not exist'),
     (TWO, ['--prompts_only', 'assets/prompts.txt', '--reward', 'discriminator'], 'none, or --data'),
     (TWO, ['--lrm', ''], '--lrm  does not exist'),
@@ -1190,8 +1195,8 @@ def test_all_that_is_missing_at_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, 'auth_check', auth_check)
     monkeypatch.setitem(sys.modules, 'wandb', None)
     line = said_no(refused(
-        ONE, '--recipe', 'toy', '--model', 'a/gated', '--data', 'b/none', '--wandb', 'x', '--lora', 8,
-        '--force'))
+        ONE, '--recipe', 'toy', '--model', 'a/gated', '--data', 'b/none', '--wandb', 'x',
+        '--lora', 8, '--force'))
     for says in ('--wandb needs wandb: pip install wandb',
                  '--model a/gated: accept its licence at https://huggingface.co/a/gated, then `hf '
                  'auth login`',
