@@ -16,8 +16,7 @@ spectrum      distance to the pictures of --real (through --real_vae, if given) 
               frequency, rms over six bands: texture that is missing or too much, noise as well
 cmmd, fid     distance to the pictures of --real by --clip (2401.09603's formula; its own network
               is openai/clip-vit-large-patch14-336) or by Inception (clean-fid). Few pictures raise
-              both, so compare at one --n and --n_real: of the shipped student's CMMD of .095, at
-              256 and 512, .058 are that bias
+              both, so compare at one --n and --n_real
 
 Pictures are kept in pictures/ beside --out and not made again, so a killed run goes on. Brackets
 are 95 % bootstrap intervals over the prompts. In FOLDER pictures are tied to prompts by a
