@@ -50,8 +50,10 @@ LOWER = 'cmmd', 'spectrum'                                                      
 ONE, TWO = 'train_stage1.py', 'train_stage2.py'
 SHIPPED, TOY, TOY_SD3 = 'assets/toy/student', 'assets/toy/sdxl', 'assets/toy/sd3'
 FLASH = ['--recipe', 'toy']
-PIXEL = ['--gan', 'pixel', '--gan_weight', '.1']
 DMD2 = ['--recipe', 'toy-dmd2']
+PIXEL = ['--gan', 'pixel']
+# before --tune chose the rates and weights of both recipes
+UNTUNED = ['--student_lr', '1e-4', '--gan_weight']
 TTUR_1 = ['--ttur', '1', '--warmup', '6', '--cooldown', '20']
 DMDR = ['--recipe', 'toy-dmdr']
 PICTURES = ['--reward', 'pickscore', '--gan', 'none']
@@ -70,9 +72,9 @@ CELLS = {
     'dm': (ONE, [*FLASH, '--gan', 'none'], [300]),
     'flash, uncoupled': (ONE, [*FLASH, '--couple', '1'], [300]),
     'dmd2': (ONE, DMD2, [900]),
-    # what --tune chose, each of nine trials
-    'flash, tuned': (ONE, [*FLASH, '--student_lr', '5e-5', '--gan_weight', '.3'], [300]),
-    'dmd2, tuned': (ONE, [*DMD2, '--student_lr', '5e-5', '--gan_weight', '.015'], [900]),
+    'flash, untuned': (ONE, [*FLASH, *UNTUNED, '.1'], [300]),
+    'dm, untuned': (ONE, [*FLASH, *UNTUNED, '.1', '--gan', 'none'], [300]),
+    'dmd2, untuned': (ONE, [*DMD2, *UNTUNED, '5e-3'], [900]),
     # the paper's table 4: A pixel GAN, B TTUR 1, C split; 180 updates of the student each, and the
     # same sum of learning rates
     '+A': (ONE, [*DMD2, *PIXEL], [900]),
@@ -93,6 +95,10 @@ CELLS = {
     'alone': (TWO, ALONE, [300]),
     'joint, x 5': (TWO, ['--rl_lr', '5e-4'], [330]),
     'alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-4'], [300]),
+    # from a whole network, the cell flash's with seed 0; as many preference updates
+    'whole': (ONE, FLASH, [300]),
+    'whole, joint, x 5': (TWO, ['--rl_lr', '5e-5'], [510]),
+    'whole, alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-5'], [400]),
     'joint, all steps': (TWO, ['--rl_steps', 'all'], [330]),
     'joint, 1:1': (TWO, ['--rl_ratio', '1'], [330]),
     'joint, 10:1': (TWO, ['--rl_ratio', '10'], [330]),
@@ -123,8 +129,8 @@ ROWS = {
     'teacher, 4 steps, trailing': ['--pipeline', 'TRAILING', '--teacher_steps', '4'],
     'sd3 teacher, 28 steps': ['--pipeline', TOY_SD3, '--teacher_steps', '28'],
 }
-FIVE_SEEDS = 'flash, tuned', 'dmd2, tuned'                                     # the headline pair
-ONE_SEED = 'untrained', 'shipped', 'sd3'                                 # where other cells begin
+FIVE_SEEDS = 'flash', 'dmd2'                                                   # the headline pair
+ONE_SEED = 'untrained', 'shipped', 'whole', 'sd3'                        # where other cells begin
 # standard errors of a 95 % interval, by the number of seeds
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 
@@ -170,6 +176,8 @@ CLAIMS = {
     'hacking': [
         *by(['pickscore', 'cmmd', 'spectrum', 'margin'],
             'RL alone, five times as hard, hacks; joint does not', 'joint, x 5', 'alone, x 5'),
+        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'of a whole network', 'whole, joint, x 5',
+            'whole, alone, x 5'),
         *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
         *by(['cmmd', 'spectrum'], 'and by what it does not see', 'joint', 'shipped'),
         *by(['pickscore', 'cmmd', 'spectrum'], 'without the pixel GAN joint RL is worse', 'joint',
@@ -179,12 +187,13 @@ CLAIMS = {
             'joint', 'joint, all steps'),
         *by(['pickscore', 'cmmd'], '5:1 is better than 1:1', 'joint', 'joint, 1:1'),
         *by(['pickscore', 'cmmd'], 'and than 10:1', 'joint', 'joint, 10:1')],
-    'texture': by(['spectrum', 'sharpness'], 'DM alone is poor in texture', 'flash', 'dm'),
+    'texture': [
+        *by(['spectrum', 'sharpness'], 'DM alone is poor in texture', 'flash', 'dm'),
+        *by(['spectrum', 'sharpness'], 'and untuned', 'flash, untuned', 'dm, untuned')],
     'cost': [
-        *by(['pickscore', 'cmmd', 'spectrum'], 'tuned, Flash-DMD is ahead in equal time',
-            'flash, tuned', 'dmd2, tuned'),
-        *by(['pickscore', 'cmmd', 'spectrum'], 'Flash-DMD is ahead of DMD2 in equal time',
-            'flash', 'dmd2')],
+        *by(['pickscore', 'cmmd', 'spectrum'], 'Flash-DMD is ahead of DMD2 in equal time, both '
+            'tuned', 'flash', 'dmd2'),
+        *by(['pickscore', 'cmmd', 'spectrum'], 'and untuned', 'flash, untuned', 'dmd2, untuned')],
     'cold start': [
         *by(['pickscore', 'cmmd'], "DMDR's two aids help", 'dmdr', 'dmdr, neither'),
         *by(['pickscore', 'cmmd'], 'DynaDG does', 'dmdr', 'dmdr, no DynaDG'),
@@ -201,7 +210,7 @@ CLAIMS = {
     'coupling': by(['pickscore', 'cmmd', 'spectrum'], 'the coupling helps', 'flash',
                    'flash, uncoupled'),
 }
-# --tune: every cell of it the same trials; the second is times the cell's own
+# --tune: every cell of it the same trials; the second is times .1, of DMD2's head 5e-3
 TRIALS = dict(student_lr=[2.5e-5, 5e-5, 1e-4], gan_weight=[.3, 1., 3.])
 TUNED_BY = 'pickscore', 'cmmd', 'spectrum'
 GOAL = dict(pickscore=.675, spectrum=.2)
@@ -212,7 +221,7 @@ GOAL = dict(pickscore=.675, spectrum=.2)
 p = m.parser(__doc__)
 flag = p.add_argument
 flag('--only', nargs='+', choices=CLAIMS, default=[*CLAIMS], help='claims whose cells are run')
-flag('--seeds', type=int, default=4, help='training seeds of a cell; from 4 on one more of the '
+flag('--seeds', type=int, default=4, help='training seeds of a cell; from 3 on five of the '
      'headline pair')
 flag('--jobs', type=int, default=1 if torch.cuda.is_available() else min(8, os.cpu_count()),
      help='cells at a time; CPU: a core each')
@@ -270,9 +279,7 @@ def train(name, seed, more=(), label=None):
     if all(known(kept(label, seed, it)) for it in its):
         return
     out, spent = work / 'runs' / slug(label, seed), 0.
-    start = ['--init', SHIPPED, '--eval_every', 0] if script == TWO else []
-    if script == TWO and base_of(flags) == TOY_SD3:
-        start[1] = student('sd3', 0, 300)
+    start = ['--init', student(*start_of(name)), '--eval_every', 0] if script == TWO else []
     m.remove(out)                             # killed amid it: anew, as its CPU seconds are unknown
     for it in its:
         if it:
@@ -288,6 +295,14 @@ def train(name, seed, more=(), label=None):
         print(f'{label}, seed {seed}, {it} iterations: {spent:.0f} CPU s', flush=True)
     for state in out.glob('state-*'):
         m.remove(state)
+
+def start_of(name):
+    """The cell that one of stage 2 begins at, as student() takes it."""
+    if name.startswith('whole'):
+        return 'whole', 0, 300
+    if base_of(CELLS[name][1]) == TOY_SD3:
+        return 'sd3', 0, 300
+    return 'shipped', 0, 0
 
 def base_of(flags):
     """The teacher's pipeline of a cell or row."""
@@ -319,7 +334,7 @@ def score(wanted, of=0):
 def seeds_of(name):
     if name in ONE_SEED:
         return [0]
-    return range(args.seeds + (name in FIVE_SEEDS and args.seeds > 3))
+    return range(max(5, args.seeds) if name in FIVE_SEEDS and args.seeds > 2 else args.seeds)
 
 def cells(names):
     """Cells of these claims, in their order."""
@@ -438,8 +453,9 @@ def page():
         for name, (script, flags, its) in CELLS.items()
         if its[-1] and any(scored(name, it) for it in its)))
     lines += ['', 'Those of train_stage2.py with `--init '
-              f'{SHIPPED} --eval_every 0`, the shipped student, of SD3 that of the cell sd3; all '
-              'with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all threads.']
+              f'{SHIPPED} --eval_every 0`, the shipped student, or that of the cells whole and '
+              'sd3; all with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all '
+              'threads.']
     if conflict('+A+B'):
         lines += ['', 'Cosine between the gradients of DM and of the pixel GAN at one and the same '
                   'sample of the student (cell +A+B, all logged iterations):']

@@ -15,8 +15,8 @@ from its last checkpoint in --work. Components:
     sam        segment_anything's own classes, point prompt -> object mask
     clip       transformers' CLIPModel, contrastive with hard negatives; the judge of evaluate.py
     teacher    StableDiffusionXLPipeline: two text encoders and a UNet, trained together on eps
-    student    what `python train_stage1.py --recipe toy --lora 32` makes of the teacher; adapters,
-               since all weights are 9 MB
+    student    what `python train_stage1.py --recipe toy --lora 32 --gan_weight .1` makes of the
+               teacher; adapters, since all weights are 9 MB
     pickscore  the CLIP, trained on preference pairs: PickScore's format
     lrm        latent reward model in LPO's layout, trained on such pairs at every noise level
     sd3        StableDiffusion3Pipeline without T5: a small MMDiT trained on the flow, on sdxl's VAE
@@ -1630,7 +1630,7 @@ def make_student():
         return os.path.relpath(OUT / name, ROOT)
 
     subprocess.run(
-        [sys.executable, 'train_stage1.py', '--recipe', 'toy', '--lora', '32',
+        [sys.executable, 'train_stage1.py', '--recipe', 'toy', '--lora', '32', '--gan_weight', '.1',
          '--model', here('sdxl'), '--sam', here('sam.pth'), '--data', here('data'),
          '--prompts', here('data/prompts.txt'), '--out', WORK / 'student'], check=True, cwd=ROOT)
     finish(lambda folder: shutil.copytree(WORK / 'student/student', folder), 'student')

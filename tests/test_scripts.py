@@ -352,7 +352,8 @@ def test_every_recipe_has_a_folder_of_its_own():
     assert m.default_out(2, 'sd3') == 'out/stage2-sd3'
 
 @pytest.mark.parametrize('flags, said', [
-    (['--recipe', 'toy-dmd2'], '--gan latent --gan_weight 0.005 --split False --ttur 5 --couple 1'),
+    (['--recipe', 'toy-dmd2'], '--gan latent --gan_weight 0.015 --split False --ttur 5 --couple 1'),
+    (['--recipe', 'toy-dmd2', '--gan', 'pixel'], '--gan pixel --gan_weight 0.3 --split False'),
     (['--gan', 'latent'], '--gan latent --gan_weight 0.005 --split True'),
     (['--gan', 'none'], '--gan none'),
     (['--no-split'], '--split False'),
