@@ -10,7 +10,7 @@ G. In one iteration:
                        is pulled towards the student's weights, eq. 11
     5. discriminator   hinge on real against generated pictures, eq. 8
 
-    python train_stage1.py                              # CUDA: SDXL; else the toy, in 4 minutes
+    python train_stage1.py                              # CUDA: SDXL; else the toy, in 5 minutes
     torchrun --nproc_per_node=8 train_stage1.py         # 8 GPUs, the same result
     python train_stage1.py --recipe sd3                 # SD3-Medium, LoRA
     python train_stage1.py --recipe toy-dmd2            # DMD2, for comparison; toy-dmdr: DMDR

@@ -71,6 +71,7 @@ CELLS = {
     'flash': (ONE, FLASH, [300]),
     'dm': (ONE, [*FLASH, '--gan', 'none'], [300]),
     'flash, uncoupled': (ONE, [*FLASH, '--couple', '1'], [300]),
+    'flash, crop': (ONE, [*FLASH, '--gan_crop', '32'], [300]),
     'dmd2': (ONE, DMD2, [900]),
     'flash, untuned': (ONE, [*FLASH, *UNTUNED, '.1'], [300]),
     'dm, untuned': (ONE, [*FLASH, *UNTUNED, '.1', '--gan', 'none'], [300]),
@@ -209,6 +210,8 @@ CLAIMS = {
               ('flash, ttur 2', 200))],
     'coupling': by(['pickscore', 'cmmd', 'spectrum'], 'the coupling helps', 'flash',
                    'flash, uncoupled'),
+    'crop': by(['rprecision', 'pickscore', 'cmmd', 'spectrum'], 'a GAN on a quarter of the picture '
+               'is worse', 'flash', 'flash, crop'),
 }
 # --tune: every cell of it the same trials; the second is times .1, of DMD2's head 5e-3
 TRIALS = dict(student_lr=[2.5e-5, 5e-5, 1e-4], gan_weight=[.3, 1., 3.])
