@@ -438,8 +438,9 @@ def page():
              ".033 in spectrum, .14 in margin (95 %, evaluate.py's interval for seed 0 of refl, 60 "
              'and refl alone). '
              'Rows are judged one by one: where nothing is, one in twenty has a sign by chance.']
-    rows = filter(None, (verdict(c) for name in CLAIMS for c in CLAIMS[name]))
-    lines += table(['claim', 'by', 'its side', 'the other', 'difference', 'seeds', ''], rows)
+    rows = [(f'`{name}`', *row) for name in CLAIMS for row in map(verdict, CLAIMS[name]) if row]
+    head = ['--only', 'claim', 'by', 'its side', 'the other', 'difference', 'seeds', '']
+    lines += table(head, rows)
     rows = []
     for name, its in (dict.fromkeys(ROWS, [0]) | {k: v[2] for k, v in CELLS.items()}).items():
         for it in its:

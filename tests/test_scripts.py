@@ -1045,6 +1045,7 @@ BAD = [
     (TWO, ['--reward', 'latent', 'clip'], 'only rewards of pictures can be added up'),
     (TWO, ['--reward', 'clip', '--reward_weight', 1, 2], '--reward_weight [1.0, 2.0]: give one'),
     (TWO, ['--reward', 'discriminator', '--gan', 'pixel'], '--gan pixel trains none on latents'),
+    (TWO, ['--reward', 'discriminator', '--gan_weight', .1], 'D learns only the noise levels'),
     (TWO, ['--steps', 1, '--no-split'], 'is one that gets preference updates; use more --steps'),
     (TWO, ['--lrm', 'TMP/nowhere'], '--lrm TMP/nowhere does not exist'),
     # no GAN is left
