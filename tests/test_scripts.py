@@ -166,8 +166,8 @@ def test_what_evidence_calls_shown(tmp_path):
         text = page.read_text()
         page.write_text(text + 'more\n')
     table = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('|')]
-    said = {(row[0], row[1]): row[4:] for row in table if len(row) == 7}
-    cost = 'Flash-DMD is ahead of DMD2 in equal time'
+    said = {(row[1], row[2]): row[5:] for row in table if len(row) == 8 and row[0][0] == '`'}
+    cost = 'Flash-DMD is ahead of DMD2 in equal time, both tuned'
     assert said[cost, 'PickScore'] == ['+0.0117 (0.0017)', '3', 'shown']
     assert said[cost, 'spectrum'] == ['+0.033 (0.009)', '3', 'not shown']
     assert said['DM alone is poor in texture', 'spectrum'] == ['-0.100', '1', 'one seed']
@@ -202,12 +202,13 @@ def test_seconds_are_those_of_the_whole_run(tmp_path, monkeypatch):
             out.write_text(json.dumps(dict(rows=rows)))
         else:
             begun.setdefault(out.name, (out / 'left').exists())
+            inits.append(Path(command[command.index('--init') + 1] if '--init' in command else ''))
             (out / 'student').mkdir(parents=True, exist_ok=True)
             (out / 'left').touch()
             (out / 'log.jsonl').touch()
         return SimpleNamespace(pid=0)
 
-    begun, used = {}, SimpleNamespace(ru_utime=5., ru_stime=1.)
+    begun, inits, used = {}, [], SimpleNamespace(ru_utime=5., ru_stime=1.)
     monkeypatch.setattr(subprocess, 'Popen', process)
     monkeypatch.setattr(os, 'wait4', lambda *_: (0, 0, used))
     monkeypatch.setattr(m, 'commit', lambda: 'x')
@@ -225,6 +226,11 @@ def test_seconds_are_those_of_the_whole_run(tmp_path, monkeypatch):
     assert begun == {'dmd2-ttur_2-0': False}
     found = [json.loads(done.page['kept']('dmd2, ttur 2', 0, it).read_text()) for it in (200, 600)]
     assert [row['cpu'] for row in found] == [6, 12]
+    # a cell of stage 2 begins at the student that its table names
+    for name, seed in (('whole, joint, x 5', 1), ('sd3 pairs, 60', 2), ('joint', 1000)):
+        done.page['train'](name, seed)
+    assert inits[-3:] == [tmp_path / 'students/whole-0-300', tmp_path / 'students/sd3-0-300',
+                          ROOT / 'assets/toy/student']
 
 # --------------------------------------------------------------------------------------------------
 # the same result, any way
