@@ -25,6 +25,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -96,10 +97,10 @@ CELLS = {
     'alone': (TWO, ALONE, [300]),
     'joint, x 5': (TWO, ['--rl_lr', '5e-4'], [330]),
     'alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-4'], [300]),
-    # from a whole network, the cell flash's with seed 0; as many preference updates
-    'whole': (ONE, FLASH, [300]),
-    'whole, joint, x 5': (TWO, ['--rl_lr', '5e-5'], [510]),
-    'whole, alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-5'], [400]),
+    # from a whole network, the cell flash's of the same seed; as many preference updates
+    'flash, then joint': (TWO, [], [330]),
+    'flash, then joint, x 5': (TWO, ['--rl_lr', '5e-5'], [510]),
+    'flash, then alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-5'], [400]),
     'joint, all steps': (TWO, ['--rl_steps', 'all'], [330]),
     'joint, 1:1': (TWO, ['--rl_ratio', '1'], [330]),
     'joint, 10:1': (TWO, ['--rl_ratio', '10'], [330]),
@@ -131,14 +132,14 @@ ROWS = {
     'sd3 teacher, 28 steps': ['--pipeline', TOY_SD3, '--teacher_steps', '28'],
 }
 FIVE_SEEDS = 'flash', 'dmd2'                                                   # the headline pair
-ONE_SEED = 'untrained', 'shipped', 'whole', 'sd3'                        # where other cells begin
+ONE_SEED = 'untrained', 'shipped', 'sd3'
 # standard errors of a 95 % interval, by the number of seeds
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 
 def claim(words, metric, better, other):
     """better and other: a cell, or (cell, iteration)."""
-    sides = [side if isinstance(side, tuple) else (side, CELLS[side][2][-1])
-             for side in (better, other)]
+    last = {name: its[-1] for name, (*_, its) in CELLS.items()} | dict.fromkeys(ROWS, 0)
+    sides = [side if isinstance(side, tuple) else (side, last[side]) for side in (better, other)]
     return SimpleNamespace(words=words, metric=metric, sides=sides)
 
 def by(metrics, words, *sides):
@@ -177,12 +178,19 @@ CLAIMS = {
     'hacking': [
         *by(['pickscore', 'cmmd', 'spectrum', 'margin'],
             'RL alone, five times as hard, hacks; joint does not', 'joint, x 5', 'alone, x 5'),
-        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'of a whole network', 'whole, joint, x 5',
-            'whole, alone, x 5'),
+        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'of a whole network',
+            'flash, then joint, x 5', 'flash, then alone, x 5'),
         *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
         *by(['cmmd', 'spectrum'], 'and by what it does not see', 'joint', 'shipped'),
         *by(['pickscore', 'cmmd', 'spectrum'], 'without the pixel GAN joint RL is worse', 'joint',
             'joint, no gan')],
+    'teacher': [
+        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 2 is better than 50 guided steps of'
+            ' the teacher', 'flash, then joint', 'teacher, 50 steps'),
+        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'and than stage 1', 'flash, then joint',
+            'flash'),
+        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 1 is better than four of the '
+            'teacher', 'flash', 'teacher, 4 steps')],
     'noise': [
         *by(['pickscore', 'cmmd'], 'preferences at high noise are better than at all steps',
             'joint', 'joint, all steps'),
@@ -273,16 +281,19 @@ def student(name, seed, it):
     """The folder of a cell's student at an iteration."""
     return ROOT / SHIPPED if not it else work / 'students' / slug(name, seed, it)
 
-def train(name, seed, more=(), label=None):
+def train(name, seed, more=(), label=None, again=False):
     """A cell with one seed; its students are set aside, its state is not kept."""
     script, flags, its = CELLS[name]
     label = label or name
-    # where other cells begin the student itself is wanted
-    known = Path.exists if name in ONE_SEED else found_in
-    if all(known(kept(label, seed, it)) for it in its):
+    if not again and all(found_in(kept(label, seed, it)) for it in its):
         return
-    out, spent = work / 'runs' / slug(label, seed), 0.
-    start = ['--init', student(*start_of(name)), '--eval_every', 0] if script == TWO else []
+    out, spent, start = work / 'runs' / slug(label, seed), 0., []
+    if script == TWO:
+        first = start_of(name, seed)
+        with first_ones:
+            if not student(*first).exists():
+                train(*first[:2], again=True)
+        start = ['--init', student(*first), '--eval_every', 0]
     m.remove(out)                             # killed amid it: anew, as its CPU seconds are unknown
     for it in its:
         if it:
@@ -299,10 +310,10 @@ def train(name, seed, more=(), label=None):
     for state in out.glob('state-*'):
         m.remove(state)
 
-def start_of(name):
-    """The cell that one of stage 2 begins at, as student() takes it."""
-    if name.startswith('whole'):
-        return 'whole', 0, 300
+def start_of(name, seed):
+    """Where a cell of stage 2 begins, as student() takes it."""
+    if name.startswith('flash'):
+        return 'flash', seed, 300
     if base_of(CELLS[name][1]) == TOY_SD3:
         return 'sd3', 0, 300
     return 'shipped', 0, 0
@@ -341,7 +352,8 @@ def seeds_of(name):
 
 def cells(names):
     """Cells of these claims, in their order."""
-    return [*dict.fromkeys(side for name in names for c in CLAIMS[name] for side, _ in c.sides)]
+    sides = [side for name in names for c in CLAIMS[name] for side, _ in c.sides]
+    return [*dict.fromkeys(side for side in sides if side in CELLS)]
 
 # --------------------------------------------------------------------------------------------------
 # tables
@@ -376,7 +388,7 @@ def verdict(c):
     """A claim's row: both values, the difference with its standard error, and what it shows."""
     left, right = (scored(*side) for side in c.sides)
     title, form = METRICS[c.metric]
-    if len(right) == 1 and c.sides[1][0] in ONE_SEED:
+    if len(right) == 1 and c.sides[1][0] in (*ONE_SEED, *ROWS):
         right = dict.fromkeys(left, right[0])
     seeds = left.keys() & right.keys()
     if not seeds:
@@ -388,7 +400,7 @@ def verdict(c):
     least = STUDENT_T.get(len(gaps), 2.5) * error
     said = 'shown' if gap > least else 'opposite' if gap < -least else 'not shown'
     values = [f'{mean(row[seed][c.metric] for seed in seeds):{form}}' for row in (left, right)]
-    names = [f'{name}, {it}' if len(CELLS[name][2]) > 1 else name for name, it in c.sides]
+    names = [f'{name}, {it}' if 'ttur' in name else name for name, it in c.sides]
     return (c.words, title, *(f'{name}: {value}' for name, value in zip(names, values)),
             shown(gaps, form, '+'), str(len(seeds)), said if error == error else 'one seed')
 
@@ -457,7 +469,7 @@ def page():
         for name, (script, flags, its) in CELLS.items()
         if its[-1] and any(scored(name, it) for it in its)))
     lines += ['', 'Those of train_stage2.py with `--init '
-              f'{SHIPPED} --eval_every 0`, the shipped student, or that of the cells whole and '
+              f'{SHIPPED} --eval_every 0`, the shipped student, or that of the cells flash and '
               'sd3; all with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all '
               'threads.']
     if conflict('+A+B'):
@@ -517,7 +529,7 @@ data = work / 'data/data'
 if not (data.exists() or args.write):
     run('tests/make_toy.py', '--only', 'data', '--seed', 1, '--held_out', 2048, '--pictures', 2048,
         '--out', data.parent, '--work', work / 'data/work')
-pool = ThreadPoolExecutor(args.jobs)
+pool, first_ones = ThreadPoolExecutor(args.jobs), threading.Lock()
 if args.leaderboard:
     each = []
     for seed in range(3):
@@ -559,8 +571,7 @@ elif not args.write:
     # one seed of everything first, so that the page has a row of each as early as can be
     for seed in range(args.seeds + 1):
         todo = [(name, seed) for name in jobs if seed in seeds_of(name)]
-        for first in True, False:
-            [*pool.map(lambda job: train(*job), [x for x in todo if (x[0] in ONE_SEED) == first])]
+        [*pool.map(lambda job: train(*job), todo)]
         found = [(name, seed, it) for name, seed in todo for it in CELLS[name][2]]
         share = [found[k::args.jobs] for k in range(args.jobs)]
         [*pool.map(score, share, range(args.jobs))]

@@ -227,10 +227,12 @@ def test_seconds_are_those_of_the_whole_run(tmp_path, monkeypatch):
     found = [json.loads(done.page['kept']('dmd2, ttur 2', 0, it).read_text()) for it in (200, 600)]
     assert [row['cpu'] for row in found] == [6, 12]
     # a cell of stage 2 begins at the student that its table names
-    for name, seed in (('whole, joint, x 5', 1), ('sd3 pairs, 60', 2), ('joint', 1000)):
+    for name, seed in (('flash, then joint', 1000), ('sd3 pairs, 60', 1000), ('joint', 1000)):
         done.page['train'](name, seed)
-    assert inits[-3:] == [tmp_path / 'students/whole-0-300', tmp_path / 'students/sd3-0-300',
-                          ROOT / 'assets/toy/student']
+    assert [path for path in inits if path.name] == [
+        tmp_path / 'students/flash-1000-300', tmp_path / 'students/sd3-0-300',
+        ROOT / 'assets/toy/student']
+    assert begun['flash-1000'] == begun['sd3-0'] == False                # which are trained first
 
 # --------------------------------------------------------------------------------------------------
 # the same result, any way
