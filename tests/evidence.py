@@ -147,6 +147,8 @@ def by(metrics, words, *sides):
 
 UNSEEN = 'cmmd', 'spectrum', 'margin'                          # by a reward of PickScore
 CLAIMS = {
+    'stage 1': by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 1 is better than the weights '
+                  'with which it begins', 'flash', 'untrained'),
     'papers': [
         *by(['pickscore'], 'ReFL raises its reward', 'refl, 60', 'shipped'),
         *by(UNSEEN, 'DMDR: ReFL joint is better than alone', 'refl, 60',
