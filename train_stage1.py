@@ -32,8 +32,8 @@ import model as m
 
 # --------------------------------------------------------------------------------------------------
 # settings: a recipe is a table of defaults, and every flag overrides its entry. The learning rates,
-# GAN weight and data of SDXL and SD3 are not in the paper; trials chose those of toy and toy-dmd2.
-# What was tried: assets/results.md
+# GAN weight and data of SDXL and SD3 are not in the paper; trials chose student_lr and gan_weight
+# of toy and toy-dmd2. What was tried: assets/results.md
 
 # photographs under CC BY, 5.5 GB of them: a set of another model's pictures would teach its look
 PHOTOS = dict(

@@ -26,7 +26,7 @@ group, which makes noise as loud as a signal: it is that of all groups, with a f
 
     python train_stage2.py                          # from out/stage1, else from the shipped student
     torchrun --nproc_per_node=8 train_stage2.py     # 8 GPUs, the same result
-    python train_stage2.py --no-joint --gan none --out out/rl_alone     # alone it over-optimises
+    python train_stage2.py --no-joint --gan none --out out/rl_alone     # without distillation
 
 Running the same command again resumes. out/stage2 gets what stage 1's folder has, and eval.jsonl.
 """

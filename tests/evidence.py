@@ -77,7 +77,7 @@ CELLS = {
     'flash, untuned': (ONE, [*FLASH, *UNTUNED, '.1'], [300]),
     'dm, untuned': (ONE, [*FLASH, *UNTUNED, '.1', '--gan', 'none'], [300]),
     'dmd2, untuned': (ONE, [*DMD2, *UNTUNED, '5e-3'], [900]),
-    # the paper's table 4: A pixel GAN, B TTUR 1, C split; 180 updates of the student each, and the
+    # the paper's ablation: A pixel GAN, B TTUR 1, C split; 180 updates of the student each, and the
     # same sum of learning rates
     '+A': (ONE, [*DMD2, *PIXEL], [900]),
     '+B': (ONE, [*DMD2, *TTUR_1], [180]),
