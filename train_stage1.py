@@ -168,9 +168,9 @@ chosen = p.parse_known_args()[0]
 # defaults that belong to what was chosen instead of the recipe's; like all they are printed below
 if chosen.prompts_only:
     p.set_defaults(gan='none')
-if chosen.gan != p.get_default('gan'):
-    other = DMD2 if chosen.gan == 'latent' else RECIPES[recipe.split('-')[0]]
-    p.set_defaults(gan_weight=other['gan_weight'])
+if p.parse_known_args()[0].gan != p.get_default('gan'):            # of another kind: its own weight
+    family = RECIPES.get(recipe.split('-')[0], RECIPES[recipe])
+    p.set_defaults(gan_weight=(DMD2 if chosen.gan == 'latent' else family)['gan_weight'])
 if chosen.lora and not RECIPES[recipe].get('lora'):
     p.set_defaults(**LORA_RATES.get(recipe.split('-')[0], {}))
 if RECIPES[recipe].get('lora') and not chosen.lora:

@@ -94,16 +94,15 @@ CELLS = {
     'shipped': (TWO, [], [0]),
     'joint': (TWO, [], [330]),
     'joint, no gan': (TWO, ['--gan', 'none'], [330]),
-    'alone': (TWO, ALONE, [300]),
     'joint, x 5': (TWO, ['--rl_lr', '5e-4'], [330]),
     'alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-4'], [300]),
+    'joint, all steps': (TWO, ['--rl_steps', 'all'], [330]),
+    'joint, 1:1': (TWO, ['--rl_ratio', '1'], [330]),
+    'joint, 10:1': (TWO, ['--rl_ratio', '10'], [330]),
     # from a whole network, the cell flash's of the same seed; as many preference updates
     'flash, then joint': (TWO, [], [330]),
     'flash, then joint, x 5': (TWO, ['--rl_lr', '5e-5'], [510]),
     'flash, then alone, x 5': (TWO, [*ALONE, '--rl_lr', '5e-5'], [400]),
-    'joint, all steps': (TWO, ['--rl_steps', 'all'], [330]),
-    'joint, 1:1': (TWO, ['--rl_ratio', '1'], [330]),
-    'joint, 10:1': (TWO, ['--rl_ratio', '10'], [330]),
     # three papers, 60 updates
     'pairs, 60': (TWO, SHORT, [90]),
     'pairs alone, 60': (TWO, [*SHORT, *ALONE], [60]),
@@ -443,15 +442,17 @@ def ranked(trials):
 def page():
     """The section of the results' page, as lines."""
     lines = [BEGIN, '', '`python tests/evidence.py`: 1,024 prompts and 2,048 real pictures, drawn '
-             'anew (`make_toy.py --only data --seed 1`), and the same noise in every row. Mean '
-             'over training seeds (its standard error). Differences are of runs with the same '
-             'seed, positive where the side named first is better. Shown, opposite: the 95 % '
-             "interval by Student's t has one sign. The errors are of training seeds alone: all "
-             'rows have the same prompts, and those that begin at one student have it in common. '
-             'Other prompts move a difference as well: by +- .0010 in PickScore, .009 in CMMD, '
-             ".033 in spectrum, .14 in margin (95 %, evaluate.py's interval for seed 0 of refl, 60 "
-             'and refl alone). '
-             'Rows are judged one by one: where nothing is, one in twenty has a sign by chance.']
+             'anew (`make_toy.py --only data --seed 1`), and the same noise in every row.', '',
+             '- Figures: the mean over training seeds (its standard error).',
+             '- Difference: of runs with the same seed, above 0 where the side named first is '
+             'better.',
+             "- Shown: its 95 % interval, by Student's t, is above 0; opposite: below 0.",
+             '- The errors are of training seeds alone. All rows have the same prompts, and those '
+             'that begin at one student have it in common. Other prompts move a difference as well: '
+             'by +- .0010 in PickScore, .009 in CMMD, .033 in spectrum, .14 in margin (95 %, '
+             "evaluate.py's interval for seed 0 of refl, 60 and refl alone).",
+             '- Nothing is corrected for the number of rows: where there is no difference, one row '
+             'in twenty comes out shown or opposite.']
     rows = [(f'`{name}`', *row) for name in CLAIMS for row in map(verdict, CLAIMS[name]) if row]
     head = ['--only', 'claim', 'by', 'its side', 'the other', 'difference', 'seeds', '']
     lines += table(head, rows)
@@ -472,7 +473,8 @@ def page():
         if its[-1] and any(scored(name, it) for it in its)))
     lines += ['', 'Those of train_stage2.py with `--init '
               f'{SHIPPED} --eval_every 0`, the shipped student, or that of the cells flash and '
-              'sd3; all with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all '
+              "sd3, without their state: fake score and discriminator are new, stage 2's own GAN "
+              'weight. All with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all '
               'threads.']
     if conflict('+A+B'):
         lines += ['', 'Cosine between the gradients of DM and of the pixel GAN at one and the same '
