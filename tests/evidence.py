@@ -448,8 +448,8 @@ def page():
              'better.',
              "- Shown: its 95 % interval, by Student's t, is above 0; opposite: below 0.",
              '- The errors are of training seeds alone. All rows have the same prompts, and those '
-             'that begin at one student have it in common. Other prompts move a difference as well: '
-             'by +- .0010 in PickScore, .009 in CMMD, .033 in spectrum, .14 in margin (95 %, '
+             'that begin at one student have it in common. Other prompts move a difference as '
+             'well: by +- .0010 in PickScore, .009 in CMMD, .033 in spectrum, .14 in margin (95 %, '
              "evaluate.py's interval for seed 0 of refl, 60 and refl alone).",
              '- Nothing is corrected for the number of rows: where there is no difference, one row '
              'in twenty comes out shown or opposite.']
