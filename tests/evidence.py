@@ -199,7 +199,9 @@ CLAIMS = {
         *by(['pickscore', 'cmmd'], 'and than 10:1', 'joint', 'joint, 10:1')],
     'texture': [
         *by(['spectrum', 'sharpness'], 'DM alone is poor in texture', 'flash', 'dm'),
-        *by(['spectrum', 'sharpness'], 'and untuned', 'flash, untuned', 'dm, untuned')],
+        *by(['cmmd', 'pickscore'], 'and worse by the other measures', 'flash', 'dm'),
+        *by(['spectrum', 'sharpness', 'cmmd', 'pickscore'], 'untuned, by all', 'flash, untuned',
+            'dm, untuned')],
     'cost': [
         *by(['pickscore', 'cmmd', 'spectrum'], 'Flash-DMD is ahead of DMD2 in equal time, both '
             'tuned', 'flash', 'dmd2'),
