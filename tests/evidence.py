@@ -144,6 +144,7 @@ def claim(words, metric, better, other):
 def by(metrics, words, *sides):
     return [claim(words, metric, *sides) for metric in metrics]
 
+PRIMARY = 'pickscore', 'cmmd', 'spectrum'
 UNSEEN = 'cmmd', 'spectrum', 'margin'                          # by a reward of PickScore
 CLAIMS = {
     'stage 1': by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 1 is better than the weights '
@@ -161,8 +162,7 @@ CLAIMS = {
         *by(['pickscore', 'cmmd'], "than Flash-DMD's pairs", 'advdmd, 60', 'pairs, 60'),
         *by(['pickscore', 'cmmd'], 'AdvDMD joint is better than alone', 'advdmd, 60',
             'advdmd alone, 60'),
-        *by(['pickscore', 'cmmd', 'spectrum'], "Flash-DMD's pairs are better than DM alone",
-            'pairs, 60', 'DM alone, 60'),
+        *by(PRIMARY, "Flash-DMD's pairs are better than DM alone", 'pairs, 60', 'DM alone, 60'),
         *by(UNSEEN, "Flash-DMD's pairs joint are better than alone", 'pairs, 60',
             'pairs alone, 60')],
     'papers on sd3': [
@@ -183,8 +183,7 @@ CLAIMS = {
             'flash, then joint, x 5', 'flash, then alone, x 5'),
         *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
         *by(['cmmd', 'spectrum'], 'and by what it does not see', 'joint', 'shipped'),
-        *by(['pickscore', 'cmmd', 'spectrum'], 'without the pixel GAN joint RL is worse', 'joint',
-            'joint, no gan')],
+        *by(PRIMARY, 'without the pixel GAN joint RL is worse', 'joint', 'joint, no gan')],
     'teacher': [
         *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 2 is better than 50 guided steps of'
             ' the teacher', 'flash, then joint', 'teacher, 50 steps'),
@@ -203,30 +202,27 @@ CLAIMS = {
         *by(['spectrum', 'sharpness', 'cmmd', 'pickscore'], 'untuned, by all', 'flash, untuned',
             'dm, untuned')],
     'cost': [
-        *by(['pickscore', 'cmmd', 'spectrum'], 'Flash-DMD is ahead of DMD2 in equal time, both '
-            'tuned', 'flash', 'dmd2'),
-        *by(['pickscore', 'cmmd', 'spectrum'], 'and untuned', 'flash, untuned', 'dmd2, untuned')],
+        *by(PRIMARY, 'Flash-DMD is ahead of DMD2 in equal time, both tuned', 'flash', 'dmd2'),
+        *by(PRIMARY, 'and untuned', 'flash, untuned', 'dmd2, untuned')],
     'cold start': [
         *by(['pickscore', 'cmmd'], "DMDR's two aids help", 'dmdr', 'dmdr, neither'),
         *by(['pickscore', 'cmmd'], 'DynaDG does', 'dmdr', 'dmdr, no DynaDG'),
         *by(['pickscore', 'cmmd'], 'DynaRS does', 'dmdr', 'dmdr, no DynaRS')],
     'parts': [
-        *by(['pickscore', 'spectrum'], '+A, the pixel GAN alone, helps DMD2', '+A', 'dmd2'),
-        *by(['pickscore', 'spectrum'], '+B, TTUR 1 alone, does', '+B', 'dmd2'),
-        *by(['pickscore', 'spectrum'], '+A+B+C does', '+A+B+C', 'dmd2'),
-        *by(['pickscore', 'spectrum'], 'C, the split, makes +A+B work', '+A+B+C', '+A+B')],
+        *by(PRIMARY, '+A, the pixel GAN alone, helps DMD2', '+A', 'dmd2'),
+        *by(PRIMARY, '+B, TTUR 1 alone, does', '+B', 'dmd2'),
+        *by(PRIMARY, '+A+B+C does', '+A+B+C', 'dmd2'),
+        *by(PRIMARY, 'C, the split, makes +A+B work', '+A+B+C', '+A+B')],
     'ttur': [
         claim('DMD2 at TTUR 2 gets worse', 'pickscore', ('dmd2, ttur 2', 200), 'dmd2, ttur 2'),
         claim('Flash-DMD at TTUR 2 gets better', 'pickscore', 'flash, ttur 2',
               ('flash, ttur 2', 200))],
-    'coupling': by(['pickscore', 'cmmd', 'spectrum'], 'the coupling helps', 'flash',
-                   'flash, uncoupled'),
+    'coupling': by(PRIMARY, 'the coupling helps', 'flash', 'flash, uncoupled'),
     'crop': by(['rprecision', 'pickscore', 'cmmd', 'spectrum'], 'a GAN on a quarter of the picture '
                'is worse', 'flash', 'flash, crop'),
 }
 # --tune: every cell of it the same trials; the second is times .1, of DMD2's head 5e-3
 TRIALS = dict(student_lr=[2.5e-5, 5e-5, 1e-4], gan_weight=[.3, 1., 3.])
-TUNED_BY = 'pickscore', 'cmmd', 'spectrum'
 GOAL = dict(pickscore=.675, spectrum=.2)
 
 # --------------------------------------------------------------------------------------------------
@@ -434,7 +430,7 @@ def ranked(trials):
     for row in trials:
         cells.setdefault(row['cell'], []).append(dict(row, ranks=0))
     for rows in cells.values():
-        for key in TUNED_BY:
+        for key in PRIMARY:
             rows.sort(key=lambda row: row[key], reverse=key not in LOWER)
             for rank, row in enumerate(rows, 1):
                 row['ranks'] += rank
@@ -486,8 +482,8 @@ def page():
     if trials:
         lines += ['', 'Trials (`--tune`), seed 100, on the 256 prompts of assets/toy/data. The '
                   'least sum of the ranks by the three measures is chosen, of equals by PickScore:']
-        lines += table(['cell', 'flags', *(METRICS[key][0] for key in TUNED_BY), 'ranks'], (
-            [x['cell'], x['flags'], *(f'{x[key]:{METRICS[key][1]}}' for key in TUNED_BY),
+        lines += table(['cell', 'flags', *(METRICS[key][0] for key in PRIMARY), 'ranks'], (
+            [x['cell'], x['flags'], *(f'{x[key]:{METRICS[key][1]}}' for key in PRIMARY),
              str(x['ranks'])]
             for x in trials))
     for name in CLAIMS:
