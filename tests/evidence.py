@@ -147,8 +147,8 @@ def by(metrics, words, *sides):
 PRIMARY = 'pickscore', 'cmmd', 'spectrum'
 UNSEEN = 'cmmd', 'spectrum', 'margin'                          # by a reward of PickScore
 CLAIMS = {
-    'stage 1': by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 1 is better than the weights '
-                  'with which it begins', 'flash', 'untrained'),
+    'stage 1': by((*PRIMARY, 'margin'), 'stage 1 is better than the weights with which it begins',
+                  'flash', 'untrained'),
     'papers': [
         *by(['pickscore'], 'ReFL raises its reward', 'refl, 60', 'shipped'),
         *by(UNSEEN, 'DMDR: ReFL joint is better than alone', 'refl, 60',
@@ -177,20 +177,19 @@ CLAIMS = {
         *by(['pickscore', 'cmmd'], 'AdvDMD is better than DM alone', 'sd3 advdmd, 60',
             'sd3 DM alone, 60')],
     'hacking': [
-        *by(['pickscore', 'cmmd', 'spectrum', 'margin'],
-            'RL alone, five times as hard, hacks; joint does not', 'joint, x 5', 'alone, x 5'),
-        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'of a whole network',
-            'flash, then joint, x 5', 'flash, then alone, x 5'),
+        *by((*PRIMARY, 'margin'), 'RL alone, five times as hard, hacks; joint does not',
+            'joint, x 5', 'alone, x 5'),
+        *by((*PRIMARY, 'margin'), 'of a whole network', 'flash, then joint, x 5',
+            'flash, then alone, x 5'),
         *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
         *by(['cmmd', 'spectrum'], 'and by what it does not see', 'joint', 'shipped'),
         *by(PRIMARY, 'without the pixel GAN joint RL is worse', 'joint', 'joint, no gan')],
     'teacher': [
-        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 2 is better than 50 guided steps of'
-            ' the teacher', 'flash, then joint', 'teacher, 50 steps'),
-        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'and than stage 1', 'flash, then joint',
-            'flash'),
-        *by(['pickscore', 'cmmd', 'spectrum', 'margin'], 'stage 1 is better than four of the '
-            'teacher', 'flash', 'teacher, 4 steps')],
+        *by((*PRIMARY, 'margin'), 'stage 2 is better than 50 guided steps of the teacher',
+            'flash, then joint', 'teacher, 50 steps'),
+        *by((*PRIMARY, 'margin'), 'and than stage 1', 'flash, then joint', 'flash'),
+        *by((*PRIMARY, 'margin'), 'stage 1 is better than four of the teacher', 'flash',
+            'teacher, 4 steps')],
     'noise': [
         *by(['pickscore', 'cmmd'], 'preferences at high noise are better than at all steps',
             'joint', 'joint, all steps'),
