@@ -178,9 +178,8 @@ CLAIMS = {
             'sd3 DM alone, 60')],
     'hacking': [
         *by((*PRIMARY, 'margin'), 'RL alone, five times as hard, hacks; joint does not',
-            'joint, x 5', 'alone, x 5'),
-        *by((*PRIMARY, 'margin'), 'of a whole network', 'flash, then joint, x 5',
-            'flash, then alone, x 5'),
+            'flash, then joint, x 5', 'flash, then alone, x 5'),
+        *by((*PRIMARY, 'margin'), 'of adapters', 'joint, x 5', 'alone, x 5'),
         *by(['pickscore'], 'joint RL raises PickScore, which it does not see', 'joint', 'shipped'),
         *by(['cmmd', 'spectrum'], 'and by what it does not see', 'joint', 'shipped'),
         *by(PRIMARY, 'without the pixel GAN joint RL is worse', 'joint', 'joint, no gan')],
