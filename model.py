@@ -1289,13 +1289,12 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     pipe.vae.enable_slicing()
     streams = [generator(seed, int(i)) for i in indices]
     kind = type(pipe.scheduler)
-    # the last: Euler's with fresh noise, the same sampler, of students up to November 2026
-    few = (kind.__name__ in ('LCMScheduler', 'FlowMatchLCMScheduler')
-           or pipe.scheduler.config.get('stochastic_sampling'))
+    # Euler's with fresh noise is the same sampler, of students up to November 2026
+    fresh = 'FlowMatchLCM' in kind.__name__ or pipe.scheduler.config.get('stochastic_sampling')
     how = family_of(pipe).called(pipe, cfg, len(streams))
     if kind.__name__ == 'LCMScheduler':
         how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
-    elif few:
+    elif fresh:
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
         # flows' pipelines do not hand their generators on to the scheduler
         pipe.scheduler.step = functools.partial(kind.step, pipe.scheduler, generator=streams)
