@@ -340,7 +340,8 @@ def load_pipeline(name, flag, dtype=None, t5=None, base_lora=()):
     if not folder.exists():
         trouble = f'could not be loaded or downloaded; {flag} assets/toy/sdxl runs offline'
     if dtype is None:
-        dtype = half_of(name) if torch.cuda.is_available() else torch.float32
+        cuda = torch.cuda.is_available()
+        dtype = FAMILIES.get(class_of(name, fetch=True), Base).half if cuda else torch.float32
     with sentence(f'{flag} {name} {trouble}'):
         # a pipeline saved without its T5 has to be told so again
         parts = json.loads(index.read_text()) if index.exists() else {}
@@ -405,28 +406,19 @@ def from_files(kind, name, **how):
             return kind.from_pretrained(str(name), variant='fp16', **how)
         raise error
 
-def class_of(name):
-    """The class of a pipeline (folder, hub id, one file) by what of it is on this machine: its
-    model_index.json, or the names of a file's weights; '' where there is nothing."""
-    from huggingface_hub import try_to_load_from_cache
-    with contextlib.suppress(*BAD_FILE):
+def class_of(name, fetch=False):
+    """The class of a pipeline (folder, hub id, one file) by its model_index.json, or the names of a
+    file's weights; '' where that is not on this machine, nor to be had with fetch."""
+    from huggingface_hub import hf_hub_download
+    with contextlib.suppress(Exception):                       # loading it says what is wrong
         if Path(name).is_file():
             sd3 = any('joint_blocks' in key for key in safe_open(name, 'pt').keys())
             return 'StableDiffusion3Pipeline' if sd3 else 'StableDiffusionXLPipeline'
         index = Path(name, 'model_index.json')
         if not index.exists():
-            index = Path(try_to_load_from_cache(str(name), 'model_index.json'))
+            index = Path(hf_hub_download(str(name), 'model_index.json', local_files_only=not fetch))
         return json.loads(index.read_text())['_class_name']
     return ''
-
-def half_of(name):
-    """The half precision of a pipeline's family; of one on the hub its model_index.json is
-    fetched."""
-    if not Path(name).exists():
-        from huggingface_hub import hf_hub_download
-        with contextlib.suppress(Exception):               # loading it says what is wrong
-            hf_hub_download(str(name), 'model_index.json')
-    return FAMILIES.get(class_of(name), Base).half
 
 def load_file_of_all(file, dtype, without):
     """The pipeline in one .safetensors file, as SDXL's fine-tunes are published."""
