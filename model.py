@@ -2267,18 +2267,16 @@ def fill(w, saved, name):
         w.copy_(file.get_tensor(key))
         return
     start, end = rows(w)
-    found, total = [], 0
-    for first, file, key in sorted(saved, key=lambda piece: piece[0]):
+    total = 0
+    for first, file, key in saved:
         piece = file.get_slice(key)
         count, *rest = piece.get_shape()
         assert rest == [*w.shape[1:]], f'{name} has the shape {[count, *rest]}'
         total += count
         low, high = max(start, first), min(end, first + count)
         if low < high:
-            found.append(piece[low - first:high - first])
+            local(w)[low - start:high - start] = piece[low - first:high - first]
     assert total == len(w), f'{name} has {total} rows'
-    if found:
-        local(w).copy_(torch.cat(found))
 
 # --------------------------------------------------------------------------------------------------
 # the log
