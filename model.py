@@ -684,27 +684,25 @@ class Base:
         return self.schedule.x0(self.guided(*out.chunk(2), cfg), xt, t)
 
     def _statistics(self):
-        """latents_mean and latents_std of the VAE, (1, C, 1, 1), if it has both; else 0 and 1."""
+        """The VAE's scale, shift, mean and std of latents, 1 or 0 where it has none."""
         config = self.vae.config
-        found = config.get('latents_mean'), config.get('latents_std')
-        if None in found:
-            return 0., 1.
-        return [torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in found]
+        scale, shift = config.get('scaling_factor') or 1, config.get('shift_factor') or 0
+        mean, std = config.get('latents_mean'), config.get('latents_std')
+        if None in (mean, std):
+            return scale, shift, 0., 1.
+        mean, std = (torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in (mean, std))
+        return scale, shift, mean, std
 
     def decode(self, z):
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], differentiable."""
-        config = self.vae.config
-        mean, std = self._statistics()
-        z = z / (config.get('scaling_factor') or 1) + (config.get('shift_factor') or 0)
-        return self.to_pixels(self.vae, z * std + mean)
+        scale, shift, mean, std = self._statistics()
+        return self.to_pixels(self.vae, (z / scale + shift) * std + mean)
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
-        config = self.vae.config
-        mean, std = self._statistics()
-        z = (self.to_latents(self.vae, pixels) - mean) / std
-        return (z - (config.get('shift_factor') or 0)) * (config.get('scaling_factor') or 1)
+        scale, shift, mean, std = self._statistics()
+        return ((self.to_latents(self.vae, pixels) - mean) / std - shift) * scale
 
     @torch.no_grad()
     def pictures(self, z):
