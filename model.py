@@ -1934,19 +1934,15 @@ def gigabytes(args, world, here, cuda):
     if own == net and hasattr(args, 'rl_ratio'):
         teachers += few * net / spread
     frozen = teachers + 4 * (vae + sam) + (0 if args.offload else few * texts)
-    # weights, gradients and two moments, fp32, of student and fake score; autocast's bf16 copy
-    main = 16 / spread * sum(w for w in (own, fake) if w == net)
-    trained = 16 * sum(w for w in (own, fake) if w != net)
-    # preference updates have moments of their own
+    # weights, gradients and two moments, fp32; preference updates have moments of their own
     rl = hasattr(args, 'rl_ratio') and not (args.rl == 'refl' and args.joint)
-    own_moments = 8 * own if rl else 0
-    if own == net:
-        main += own_moments / spread
-    else:
-        trained += own_moments
+    rl_moments = 8 * own if rl else 0
+    taken = [(own, 16 * own + rl_moments), (fake, 16 * fake)]
+    main = sum(x for w, x in taken if w == net) / spread
+    trained = sum(x for w, x in taken if w != net)
     if not args.cpu_offload:
         trained, main = trained + main, 0
-    if not args.lora and counted:
+    if not args.lora and counted:                   # layers in flight, or autocast's bf16 copy
         trained += FLIGHT * 1e9 if world > 1 or args.cpu_offload else 2 * net * cuda
     trained += 16 * heads
     if hasattr(args, 'rl_ratio') and counted:
@@ -1963,7 +1959,7 @@ def gigabytes(args, world, here, cuda):
         activations = max(each * args.micro, learnt, size.look + .4 * args.micro) * few / 2
         if args.offload:                                  # they are here while they encode
             activations = max(activations, few * texts / 1e9)
-    state = 12 * (own + fake + heads) + own_moments
+    state = 12 * (own + fake + heads) + rl_moments
     saved = dict(float32=4).get(args.save_dtype, 2)
     student = saved * (own if args.lora else net + texts + vae)
     return dict(frozen=frozen / 1e9, trained=trained / 1e9, activations=activations,
