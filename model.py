@@ -492,11 +492,9 @@ def hub_id(name):
     return str(name).count('/') == 1 and str(name)[0] not in './~'
 
 def text_length(pipe):
-    """Arguments for encode_prompt and a call of `pipe` that fix the length of its T5 context, where
-    it has one: 256 tokens as diffusers has it, but without a T5 as many zeros as CLIP has tokens,
+    """Arguments for encode_prompt and a call of an SD3 pipeline that fix the length of its T5
+    context: 256 tokens as diffusers has it, but without a T5 as many zeros as CLIP has tokens,
     SD3's own training, not 256."""
-    if not hasattr(pipe, 'text_encoder_3'):
-        return {}
     return dict(max_sequence_length=256 if pipe.text_encoder_3 else pipe.tokenizer_max_length)
 
 def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, base_lora=()):
