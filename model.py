@@ -1520,10 +1520,9 @@ def load_student(folder, facts, dtype=None):
 def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
     """The folder of a student and its facts (student.json): `ckpt` is a run's folder or the
     student's own; empty means the newest of the pattern `runs`, else the shipped one."""
-    here = Path(os.path.relpath(Path(__file__).parent))
     files = Path().glob(f'{runs}/student/student.json')
     files = sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)
-    places = [f.parent for f in files] + [here / 'assets/toy/student']
+    places = [f.parent for f in files] + [Path(os.path.relpath(HERE), 'assets/toy/student')]
     if ckpt:
         places = [Path(ckpt) / 'student', Path(ckpt), HERE / ckpt]
     folder = next((place for place in places if (place / 'student.json').exists()), None)
