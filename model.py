@@ -2639,12 +2639,12 @@ class Pictures:
             pool.shutdown(wait=False, cancel_futures=True)
 
 class Prompts(Pictures):
-    """The lines of a text file as Pictures without pixels (3, 0, 0)."""
+    """The lines of --prompts_only as Pictures without pixels (3, 0, 0)."""
 
-    def __init__(self, file, seed, flag='--prompts_only'):
-        self.rows = read_prompts(file, flag)
+    def __init__(self, file, seed):
+        self.rows = read_prompts(file, '--prompts_only')
         self.seed = seed
-        self.said = f'{flag} {file}: {len(self.rows)} prompts, no pictures'
+        self.said = f'--prompts_only {file}: {len(self.rows)} prompts, no pictures'
 
     def captions(self, positions):
         return [self.rows[self._place(position)] for position in positions]
