@@ -2160,19 +2160,15 @@ def damage(state):
 def newest_state(folder, flag='--out', own=True):
     """The newest sound state in a run's folder, or None. A damaged one is passed over with a line
     and, where the run is this one's own, set aside until the next save."""
-    sound, damaged = None, []
-    for state in reversed(gathered(states_of(folder))[0]):
-        wrong = damage(state)
-        if not wrong:
-            sound = state
-            break
-        damaged.append(state)
-        print0(f'{state} is damaged ({wrong}): the one before it, if there is one')
-    if damaged and not sound:
+    states, damaged = gathered(states_of(folder))[0], []
+    while states and (wrong := damage(states[-1])):
+        print0(f'{states[-1]} is damaged ({wrong}): the one before it, if there is one')
+        damaged.append(states.pop())
+    if damaged and not states:
         die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
     for state in damaged if own and dist.get_rank() == 0 else ():
         os.replace(state, f'{state}.damaged')
-    return sound
+    return states[-1] if states else None
 
 def find_state(out, args):
     """The newest sound state of this run, or None. Ends with a sentence where --out holds another
