@@ -1840,12 +1840,10 @@ def rows(w):
 def frozen_copy(base, net, compiled=False):
     """A frozen copy of net, as it is now, in the teacher's dtype; it shares net's frozen weights,
     and is sharded where net is."""
-    if not any(isinstance(w, DTensor) for w in net.parameters()):
-        copied = twin(net, base.teacher.dtype).requires_grad_(False)
-        return parallel(copied, base.device, compiled=compiled)
-    copied = base.trainable().to(base.teacher.dtype).requires_grad_(False)
-    parallel(copied, base.device, shard=True, compiled=compiled)
-    for w, own in zip(copied.parameters(), net.parameters()):
+    sharded = any(isinstance(w, DTensor) for w in net.parameters())
+    copied = base.trainable().to(base.teacher.dtype) if sharded else twin(net, base.teacher.dtype)
+    parallel(copied.requires_grad_(False), base.device, sharded, compiled=compiled)
+    for w, own in zip(copied.parameters(), net.parameters()) if sharded else ():
         local(w).copy_(local(own))
     return copied
 
