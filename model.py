@@ -677,7 +677,8 @@ class Base:
         """Predicted clean latents, fp32; guided as uncond + cfg (cond - uncond) where cfg != 1."""
         if cfg == 1:
             return self.schedule.x0(self.predict(net, xt, t, y), xt, t)
-        both = [torch.cat([c, as_long(u, c).expand_as(c)]) for c, u in zip(y, self.uncond)]
+        # uncond's text is the shorter one: zeros behind it
+        both = [pad_sequence([*c, *[u[0]] * len(c)], True) for c, u in zip(y, self.uncond)]
         out = self.predict(net, torch.cat([xt, xt]), torch.cat([t, t]), both)
         return self.schedule.x0(self.guided(*out.chunk(2), cfg), xt, t)
 
@@ -752,10 +753,6 @@ def checkpoint_decoder(vae):
     """enable_gradient_checkpointing for the decoder of a VAE that has it not, block by block."""
     for block in [vae.decoder.mid_block, *vae.decoder.up_blocks]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-def as_long(u, c):
-    """Text u (1, l, ...) with zeros behind, as long as c (B, L, ...)."""
-    return F.pad(u, [0, 0] * (u.ndim - 2) + [0, c.shape[1] - u.shape[1]])
 
 class SDXL(Base):
     half = torch.float16
