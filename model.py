@@ -1460,10 +1460,9 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             with torch.device('meta'):
                 network = base.network.from_config(student.config)
             network.load_state_dict(tensors, assign=True)
-            parts = dict(base.pipe.components, scheduler=scheduler) | {base.part: network}
-            for name, part in parts.items():
-                if isinstance(part, nn.Module) and part is not network:
-                    parts[name] = on_cpu(part, dtype)
+            parts = {name: on_cpu(part, dtype) if isinstance(part, nn.Module) else part
+                     for name, part in base.pipe.components.items() if name != base.part}
+            parts |= {base.part: network, 'scheduler': scheduler}
             parts |= {name: value for name, value in base.pipe.config.items()
                       if name == 'force_zeros_for_empty_prompt'}
             type(base.pipe)(**parts).save_pretrained(tmp)
