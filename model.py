@@ -1294,9 +1294,7 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
 def on_cpu(net, dtype):
     """A frozen copy of net in main memory, floating weights as dtype, without a second copy on
     net's own device."""
-    copies = {}
-    for w in net.parameters():
-        copies[id(w)] = nn.Parameter(w.detach().to('cpu', dtype), requires_grad=False)
+    copies = {id(w): nn.Parameter(w.detach().to('cpu', dtype), False) for w in net.parameters()}
     for b in net.buffers():
         copies[id(b)] = b.detach().to('cpu', dtype if b.is_floating_point() else b.dtype)
     return copy.deepcopy(net, copies).eval()
