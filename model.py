@@ -952,12 +952,11 @@ def twin(net, dtype=None):
 @contextlib.contextmanager
 def adapters_at(net, scale):
     """net's adapters count as scale B A inside, whatever alpha / rank is; 0: they do not count."""
-    layers = [layer for layer in net.modules() if hasattr(layer, 'lora_A')]
-    own = [layer.scaling for layer in layers]
-    for layer in layers:               # a tensor: a graph of torch.compile then serves every scale
+    own = {layer: layer.scaling for layer in net.modules() if hasattr(layer, 'lora_A')}
+    for layer in own:                  # a tensor: a graph of torch.compile then serves every scale
         layer.scaling = dict.fromkeys(layer.scaling, torch.tensor(scale))
     yield
-    for layer, scaling in zip(layers, own):
+    for layer, scaling in own.items():
         layer.scaling = scaling
 
 ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0',
