@@ -340,7 +340,8 @@ def load_pipeline(name, flag, dtype=None, t5=None, base_lora=()):
     if not folder.exists():
         trouble = f'could not be loaded or downloaded; {flag} assets/toy/sdxl runs offline'
     if dtype is None:
-        dtype = half_of(name) if torch.cuda.is_available() else torch.float32
+        cuda = torch.cuda.is_available()
+        dtype = FAMILIES.get(class_of(name, fetch=True), Base).half if cuda else torch.float32
     with sentence(f'{flag} {name} {trouble}'):
         # a pipeline saved without its T5 has to be told so again
         parts = json.loads(index.read_text()) if index.exists() else {}
@@ -405,28 +406,19 @@ def from_files(kind, name, **how):
             return kind.from_pretrained(str(name), variant='fp16', **how)
         raise error
 
-def class_of(name):
-    """The class of a pipeline (folder, hub id, one file) by what of it is on this machine: its
-    model_index.json, or the names of a file's weights; '' where there is nothing."""
-    from huggingface_hub import try_to_load_from_cache
-    with contextlib.suppress(*BAD_FILE):
+def class_of(name, fetch=False):
+    """The class of a pipeline (folder, hub id, one file) by its model_index.json, or the names of a
+    file's weights; '' where that is not on this machine, nor to be had with fetch."""
+    from huggingface_hub import hf_hub_download
+    with contextlib.suppress(Exception):                       # loading it says what is wrong
         if Path(name).is_file():
             sd3 = any('joint_blocks' in key for key in safe_open(name, 'pt').keys())
             return 'StableDiffusion3Pipeline' if sd3 else 'StableDiffusionXLPipeline'
         index = Path(name, 'model_index.json')
         if not index.exists():
-            index = Path(try_to_load_from_cache(str(name), 'model_index.json'))
+            index = Path(hf_hub_download(str(name), 'model_index.json', local_files_only=not fetch))
         return json.loads(index.read_text())['_class_name']
     return ''
-
-def half_of(name):
-    """The half precision of a pipeline's family; of one on the hub its model_index.json is
-    fetched."""
-    if not Path(name).exists():
-        from huggingface_hub import hf_hub_download
-        with contextlib.suppress(Exception):               # loading it says what is wrong
-            hf_hub_download(str(name), 'model_index.json')
-    return FAMILIES.get(class_of(name), Base).half
 
 def load_file_of_all(file, dtype, without):
     """The pipeline in one .safetensors file, as SDXL's fine-tunes are published."""
@@ -500,11 +492,9 @@ def hub_id(name):
     return str(name).count('/') == 1 and str(name)[0] not in './~'
 
 def text_length(pipe):
-    """Arguments for encode_prompt and a call of `pipe` that fix the length of its T5 context, where
-    it has one: 256 tokens as diffusers has it, but without a T5 as many zeros as CLIP has tokens,
+    """Arguments for encode_prompt and a call of an SD3 pipeline that fix the length of its T5
+    context: 256 tokens as diffusers has it, but without a T5 as many zeros as CLIP has tokens,
     SD3's own training, not 256."""
-    if not hasattr(pipe, 'text_encoder_3'):
-        return {}
     return dict(max_sequence_length=256 if pipe.text_encoder_3 else pipe.tokenizer_max_length)
 
 def load_base(name, device='cpu', dtype=torch.float32, t5=None, offload=False, base_lora=()):
@@ -687,32 +677,31 @@ class Base:
         """Predicted clean latents, fp32; guided as uncond + cfg (cond - uncond) where cfg != 1."""
         if cfg == 1:
             return self.schedule.x0(self.predict(net, xt, t, y), xt, t)
-        both = [torch.cat([c, as_long(u, c).expand_as(c)]) for c, u in zip(y, self.uncond)]
+        # uncond's text is the shorter one: zeros behind it
+        both = [pad_sequence([*c, *[u[0]] * len(c)], True) for c, u in zip(y, self.uncond)]
         out = self.predict(net, torch.cat([xt, xt]), torch.cat([t, t]), both)
         return self.schedule.x0(self.guided(*out.chunk(2), cfg), xt, t)
 
     def _statistics(self):
-        """latents_mean and latents_std of the VAE, (1, C, 1, 1), if it has both; else 0 and 1."""
+        """The VAE's scale, shift, mean and std of latents, 1 or 0 where it has none."""
         config = self.vae.config
-        found = config.get('latents_mean'), config.get('latents_std')
-        if None in found:
-            return 0., 1.
-        return [torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in found]
+        scale, shift = config.get('scaling_factor') or 1, config.get('shift_factor') or 0
+        mean, std = config.get('latents_mean'), config.get('latents_std')
+        if None in (mean, std):
+            return scale, shift, 0., 1.
+        mean, std = (torch.tensor(x, device=self.device).view(1, -1, 1, 1) for x in (mean, std))
+        return scale, shift, mean, std
 
     def decode(self, z):
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], differentiable."""
-        config = self.vae.config
-        mean, std = self._statistics()
-        z = z / (config.get('scaling_factor') or 1) + (config.get('shift_factor') or 0)
-        return self.to_pixels(self.vae, z * std + mean)
+        scale, shift, mean, std = self._statistics()
+        return self.to_pixels(self.vae, (z / scale + shift) * std + mean)
 
     @torch.no_grad()
     def latents(self, pixels):
         """The inverse of decode: pixels (B, 3, H, W) in [-1, 1] -> mean latents (B, C, h, w)."""
-        config = self.vae.config
-        mean, std = self._statistics()
-        z = (self.to_latents(self.vae, pixels) - mean) / std
-        return (z - (config.get('shift_factor') or 0)) * (config.get('scaling_factor') or 1)
+        scale, shift, mean, std = self._statistics()
+        return ((self.to_latents(self.vae, pixels) - mean) / std - shift) * scale
 
     @torch.no_grad()
     def pictures(self, z):
@@ -764,10 +753,6 @@ def checkpoint_decoder(vae):
     """enable_gradient_checkpointing for the decoder of a VAE that has it not, block by block."""
     for block in [vae.decoder.mid_block, *vae.decoder.up_blocks]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-def as_long(u, c):
-    """Text u (1, l, ...) with zeros behind, as long as c (B, L, ...)."""
-    return F.pad(u, [0, 0] * (u.ndim - 2) + [0, c.shape[1] - u.shape[1]])
 
 class SDXL(Base):
     half = torch.float16
@@ -967,12 +952,11 @@ def twin(net, dtype=None):
 @contextlib.contextmanager
 def adapters_at(net, scale):
     """net's adapters count as scale B A inside, whatever alpha / rank is; 0: they do not count."""
-    layers = [layer for layer in net.modules() if hasattr(layer, 'lora_A')]
-    own = [layer.scaling for layer in layers]
-    for layer in layers:               # a tensor: a graph of torch.compile then serves every scale
+    own = {layer: layer.scaling for layer in net.modules() if hasattr(layer, 'lora_A')}
+    for layer in own:                  # a tensor: a graph of torch.compile then serves every scale
         layer.scaling = dict.fromkeys(layer.scaling, torch.tensor(scale))
     yield
-    for layer, scaling in zip(layers, own):
+    for layer, scaling in own.items():
         layer.scaling = scaling
 
 ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0',
@@ -1289,13 +1273,12 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
     pipe.vae.enable_slicing()
     streams = [generator(seed, int(i)) for i in indices]
     kind = type(pipe.scheduler)
-    # the last: Euler's with fresh noise, the same sampler, of students up to November 2026
-    few = (kind.__name__ in ('LCMScheduler', 'FlowMatchLCMScheduler')
-           or pipe.scheduler.config.get('stochastic_sampling'))
+    # Euler's with fresh noise is the same sampler, of students up to November 2026
+    fresh = 'FlowMatchLCM' in kind.__name__ or pipe.scheduler.config.get('stochastic_sampling')
     how = family_of(pipe).called(pipe, cfg, len(streams))
     if kind.__name__ == 'LCMScheduler':
         how['timesteps'] = Schedule(pipe.scheduler).steps(steps).long().tolist()
-    elif few:
+    elif fresh:
         how['sigmas'] = [k / steps for k in range(steps, 0, -1)]
         # flows' pipelines do not hand their generators on to the scheduler
         pipe.scheduler.step = functools.partial(kind.step, pipe.scheduler, generator=streams)
@@ -1310,9 +1293,7 @@ def generate(pipe, prompts, indices, seed, steps, cfg):
 def on_cpu(net, dtype):
     """A frozen copy of net in main memory, floating weights as dtype, without a second copy on
     net's own device."""
-    copies = {}
-    for w in net.parameters():
-        copies[id(w)] = nn.Parameter(w.detach().to('cpu', dtype), requires_grad=False)
+    copies = {id(w): nn.Parameter(w.detach().to('cpu', dtype), False) for w in net.parameters()}
     for b in net.buffers():
         copies[id(b)] = b.detach().to('cpu', dtype if b.is_floating_point() else b.dtype)
     return copy.deepcopy(net, copies).eval()
@@ -1476,10 +1457,9 @@ def save_student(folder, base, student, steps, dtype, facts, lora=None):
             with torch.device('meta'):
                 network = base.network.from_config(student.config)
             network.load_state_dict(tensors, assign=True)
-            parts = dict(base.pipe.components, scheduler=scheduler) | {base.part: network}
-            for name, part in parts.items():
-                if isinstance(part, nn.Module) and part is not network:
-                    parts[name] = on_cpu(part, dtype)
+            parts = {name: on_cpu(part, dtype) if isinstance(part, nn.Module) else part
+                     for name, part in base.pipe.components.items() if name != base.part}
+            parts |= {base.part: network, 'scheduler': scheduler}
             parts |= {name: value for name, value in base.pipe.config.items()
                       if name == 'force_zeros_for_empty_prompt'}
             type(base.pipe)(**parts).save_pretrained(tmp)
@@ -1533,10 +1513,9 @@ def load_student(folder, facts, dtype=None):
 def find_student(ckpt, flag='--ckpt', runs='out/stage[12]*'):
     """The folder of a student and its facts (student.json): `ckpt` is a run's folder or the
     student's own; empty means the newest of the pattern `runs`, else the shipped one."""
-    here = Path(os.path.relpath(Path(__file__).parent))
     files = Path().glob(f'{runs}/student/student.json')
     files = sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)
-    places = [f.parent for f in files] + [here / 'assets/toy/student']
+    places = [f.parent for f in files] + [Path(os.path.relpath(HERE), 'assets/toy/student')]
     if ckpt:
         places = [Path(ckpt) / 'student', Path(ckpt), HERE / ckpt]
     folder = next((place for place in places if (place / 'student.json').exists()), None)
@@ -1854,12 +1833,10 @@ def rows(w):
 def frozen_copy(base, net, compiled=False):
     """A frozen copy of net, as it is now, in the teacher's dtype; it shares net's frozen weights,
     and is sharded where net is."""
-    if not any(isinstance(w, DTensor) for w in net.parameters()):
-        copied = twin(net, base.teacher.dtype).requires_grad_(False)
-        return parallel(copied, base.device, compiled=compiled)
-    copied = base.trainable().to(base.teacher.dtype).requires_grad_(False)
-    parallel(copied, base.device, shard=True, compiled=compiled)
-    for w, own in zip(copied.parameters(), net.parameters()):
+    sharded = any(isinstance(w, DTensor) for w in net.parameters())
+    copied = base.trainable().to(base.teacher.dtype) if sharded else twin(net, base.teacher.dtype)
+    parallel(copied.requires_grad_(False), base.device, sharded, compiled=compiled)
+    for w, own in zip(copied.parameters(), net.parameters()) if sharded else ():
         local(w).copy_(local(own))
     return copied
 
@@ -1945,19 +1922,15 @@ def gigabytes(args, world, here, cuda):
     if own == net and hasattr(args, 'rl_ratio'):
         teachers += few * net / spread
     frozen = teachers + 4 * (vae + sam) + (0 if args.offload else few * texts)
-    # weights, gradients and two moments, fp32, of student and fake score; autocast's bf16 copy
-    main = 16 / spread * sum(w for w in (own, fake) if w == net)
-    trained = 16 * sum(w for w in (own, fake) if w != net)
-    # preference updates have moments of their own
+    # weights, gradients and two moments, fp32; preference updates have moments of their own
     rl = hasattr(args, 'rl_ratio') and not (args.rl == 'refl' and args.joint)
-    own_moments = 8 * own if rl else 0
-    if own == net:
-        main += own_moments / spread
-    else:
-        trained += own_moments
+    rl_moments = 8 * own if rl else 0
+    taken = [(own, 16 * own + rl_moments), (fake, 16 * fake)]
+    main = sum(x for w, x in taken if w == net) / spread
+    trained = sum(x for w, x in taken if w != net)
     if not args.cpu_offload:
         trained, main = trained + main, 0
-    if not args.lora and counted:
+    if not args.lora and counted:                   # layers in flight, or autocast's bf16 copy
         trained += FLIGHT * 1e9 if world > 1 or args.cpu_offload else 2 * net * cuda
     trained += 16 * heads
     if hasattr(args, 'rl_ratio') and counted:
@@ -1974,7 +1947,7 @@ def gigabytes(args, world, here, cuda):
         activations = max(each * args.micro, learnt, size.look + .4 * args.micro) * few / 2
         if args.offload:                                  # they are here while they encode
             activations = max(activations, few * texts / 1e9)
-    state = 12 * (own + fake + heads) + own_moments
+    state = 12 * (own + fake + heads) + rl_moments
     saved = dict(float32=4).get(args.save_dtype, 2)
     student = saved * (own if args.lora else net + texts + vae)
     return dict(frozen=frozen / 1e9, trained=trained / 1e9, activations=activations,
@@ -2178,19 +2151,15 @@ def damage(state):
 def newest_state(folder, flag='--out', own=True):
     """The newest sound state in a run's folder, or None. A damaged one is passed over with a line
     and, where the run is this one's own, set aside until the next save."""
-    sound, damaged = None, []
-    for state in reversed(gathered(states_of(folder))[0]):
-        wrong = damage(state)
-        if not wrong:
-            sound = state
-            break
-        damaged.append(state)
-        print0(f'{state} is damaged ({wrong}): the one before it, if there is one')
-    if damaged and not sound:
+    states, damaged = gathered(states_of(folder))[0], []
+    while states and (wrong := damage(states[-1])):
+        print0(f'{states[-1]} is damaged ({wrong}): the one before it, if there is one')
+        damaged.append(states.pop())
+    if damaged and not states:
         die(f'{flag} {folder}: no state in it is sound; choose another {flag}')
     for state in damaged if own and dist.get_rank() == 0 else ():
         os.replace(state, f'{state}.damaged')
-    return sound
+    return states[-1] if states else None
 
 def find_state(out, args):
     """The newest sound state of this run, or None. Ends with a sentence where --out holds another
@@ -2276,18 +2245,16 @@ def fill(w, saved, name):
         w.copy_(file.get_tensor(key))
         return
     start, end = rows(w)
-    found, total = [], 0
-    for first, file, key in sorted(saved, key=lambda piece: piece[0]):
+    total = 0
+    for first, file, key in saved:
         piece = file.get_slice(key)
         count, *rest = piece.get_shape()
         assert rest == [*w.shape[1:]], f'{name} has the shape {[count, *rest]}'
         total += count
         low, high = max(start, first), min(end, first + count)
         if low < high:
-            found.append(piece[low - first:high - first])
+            local(w)[low - start:high - start] = piece[low - first:high - first]
     assert total == len(w), f'{name} has {total} rows'
-    if found:
-        local(w).copy_(torch.cat(found))
 
 # --------------------------------------------------------------------------------------------------
 # the log
@@ -2659,12 +2626,12 @@ class Pictures:
             pool.shutdown(wait=False, cancel_futures=True)
 
 class Prompts(Pictures):
-    """The lines of a text file as Pictures without pixels (3, 0, 0)."""
+    """The lines of --prompts_only as Pictures without pixels (3, 0, 0)."""
 
-    def __init__(self, file, seed, flag='--prompts_only'):
-        self.rows = read_prompts(file, flag)
+    def __init__(self, file, seed):
+        self.rows = read_prompts(file, '--prompts_only')
         self.seed = seed
-        self.said = f'{flag} {file}: {len(self.rows)} prompts, no pictures'
+        self.said = f'--prompts_only {file}: {len(self.rows)} prompts, no pictures'
 
     def captions(self, positions):
         return [self.rows[self._place(position)] for position in positions]

@@ -577,7 +577,7 @@ def sample(args):
     batch = 4 if cuda else 16
     prompts = ['a red circle on blue'] * batch
     teacher, few = pipe.scheduler, m.few_step_scheduler(pipe.scheduler)
-    how = dict(num_inference_steps=4, guidance_scale=0., output_type='pt', **m.text_length(pipe))
+    how = m.family_of(pipe).called(pipe, 0., batch) | dict(num_inference_steps=4, output_type='pt')
     if m.Schedule(teacher).kind == 'flow':
         how['sigmas'] = [1, .75, .5, .25]
 
