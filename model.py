@@ -2349,7 +2349,7 @@ def curves(log, path):
     import matplotlib
     matplotlib.use('Agg')
     import pandas
-    if not log.stat().st_size:                 # somebody took it away, and no iteration is due since
+    if not log.stat().st_size:             # somebody took it away, and no iteration is due since
         return
     table = pandas.read_json(log, lines=True).set_index('iteration')
     table = table.filter(regex='^(?!skipped|data/|dropped|memory)').sort_index(axis=1).interpolate()
