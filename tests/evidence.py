@@ -495,13 +495,15 @@ BEGIN, END = '<!-- tests/evidence.py writes from here -->', '<!-- to here -->'
 
 def draw(name, sheet):
     """Both sides of a claim's first row, the same prompts and noise, as far as they are there."""
-    sides = [student(side, 0, it) for side, it in CLAIMS[name][0].sides]
-    if not all(side.exists() for side in sides):
-        return
     rows = []
-    for side in sides:
-        picture = work / f'{side.name}.png'
-        run('sample.py', '--ckpt', side, '--n', 8, '--seed', 77, '--out', picture)
+    for side, it in CLAIMS[name][0].sides:
+        ckpt, how = student(side, 0, it), []
+        if side in ROWS:
+            ckpt, how = ROOT / SHIPPED, ['--teacher', '--steps', ROWS[side][-1]]
+        if not ckpt.exists():
+            return
+        picture = work / f'{slug(side, it)}.png'
+        run('sample.py', '--ckpt', ckpt, *how, '--n', 8, '--seed', 77, '--out', picture)
         rows.append(Image.open(picture).convert('RGB'))
     both = Image.new('RGB', (rows[0].width, sum(row.height for row in rows)), 'white')
     for k, row in enumerate(rows):
