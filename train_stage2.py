@@ -249,7 +249,7 @@ if 'discriminator' in args.reward and args.gan != 'latent':
     m.die(f'--reward discriminator: --gan {args.gan} trains none on latents; give --gan latent')
 if 'discriminator' in args.reward and args.gan_weight:
     m.die(f'--gan_weight {args.gan_weight}: with --reward discriminator D learns only the noise '
-          'levels of the student\'s states, not those of this loss; leave it away')
+          "levels of the student's states, not those of this loss; leave it away")
 if args.rl == 'grpo' and args.batch % args.candidates:
     m.die(f'--batch {args.batch} is not a multiple of --candidates {args.candidates}, the rollouts '
           'of a prompt; change one of them')

@@ -468,9 +468,10 @@ def page():
         for name, (script, flags, its) in CELLS.items()
         if its[-1] and any(scored(name, it) for it in its)))
     lines += ['', 'Those of train_stage2.py with `--init '
-              f'{SHIPPED} --eval_every 0`, the shipped student, or that of the cells flash and '
-              "sd3, without their state: fake score and discriminator are new, stage 2's own GAN "
-              'weight. All with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all '
+              f'{SHIPPED} --eval_every 0`, the shipped student; of "flash, then ..." with that of '
+              'the cell flash of the same seed, of SD3 with that of the cell sd3, both without '
+              "their state: fake score and discriminator are new, the GAN weight is stage 2's own, "
+              '.1. All with `--sample_every 0 --seed N --workers 1`. CPU s: of training, all '
               'threads.']
     if conflict('+A+B'):
         lines += ['', 'Cosine between the gradients of DM and of the pixel GAN at one and the same '
@@ -499,6 +500,8 @@ def draw(name, sheet):
     for side, it in CLAIMS[name][0].sides:
         ckpt, how = student(side, 0, it), []
         if side in ROWS:
+            if ROWS[side][1] != TOY:            # sample.py draws the teacher of the shipped student
+                return
             ckpt, how = ROOT / SHIPPED, ['--teacher', '--steps', ROWS[side][-1]]
         if not ckpt.exists():
             return
